@@ -1,0 +1,190 @@
+"""The configuration schema: what every key means, its type, its unit and its default.
+
+Values live in `conf/`; this file gives them types. `tide_mega.config.hydra_door` converts a composed
+Hydra configuration to these dataclasses once, at the entry point: nothing below knows Hydra.
+Rules that join several keys are in `tide_mega.config.validate`.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+
+@dataclass
+class ModelConfig:
+    """The LLaMA-style base transformer; the same for the baseline and for TIDE."""
+
+    name: str = MISSING
+    num_layers: int = MISSING
+    hidden_size: int = MISSING
+    ffn_hidden_size: int = MISSING
+    num_attention_heads: int = MISSING
+    num_query_groups: int = MISSING
+    """Key/value heads of grouped-query attention; equal to `num_attention_heads` for plain attention."""
+    vocab_size: int = 128_256
+    """Rows of the embedding and of every memory table; at least the tokenizer's vocabulary."""
+    rope_theta: float = 500_000.0
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = True
+    """Whether the output layer shares the input embedding's matrix."""
+    init_std: float = 0.02
+    """Standard deviation of every matrix at initialisation; output projections use it / sqrt(2 L)."""
+
+
+@dataclass
+class MemoryConfig:
+    """EmbeddingMemory and its routers (SPEC section 1)."""
+
+    num_blocks: int = 0
+    """K. 0 is the baseline: no tables, no routers, through the same code."""
+    width: int | None = None
+    """d_b. Null means the model's hidden size, the only width for which the paper defines injection."""
+    table_init_std: float = 0.02
+    gain_init: float = 1.0
+    """Initial gain of each block's RMSNorm. Small values start training close to the base model."""
+    router_init_std: float = 0.0
+    """0 starts every router uniform: each block and the null bank weigh 1 / (K + 1)."""
+
+
+@dataclass
+class ParallelConfig:
+    """How the model is spread over processes; the data-parallel size is what is left of the world."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    sequence_parallel: bool = False
+    """Shard activations outside matrix products along the sequence over the tensor-parallel group."""
+    zero_stage: int = 1
+    """DeepSpeed ZeRO: 1 shards optimizer state, 2 gradients too."""
+    recompute: str = "none"
+    """Activation recompute: none, selective (attention's core and the MLP), or full (whole layers)."""
+
+
+@dataclass
+class OptimConfig:
+    """AdamW and the learning-rate schedule (SPEC section 2 gives the defaults)."""
+
+    lr: float = 1e-4
+    """Peak learning rate, reached after `warmup_steps`."""
+    init_lr: float = 1e-6
+    min_lr: float = 1e-5
+    warmup_steps: int = 10_000
+    decay_steps: int | None = None
+    """Step at which the cosine reaches `min_lr`; null means the last step of training."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    """For matrices and tables; never for the gains of norms."""
+    clip_grad: float = 1.0
+    """Largest global gradient norm over all parameters, tables included; 0 switches clipping off."""
+    table_lr_multiplier: float = 1.0
+    table_weight_decay: float | None = None
+    """Null means `weight_decay`."""
+
+
+@dataclass
+class DataConfig:
+    """A prepared dataset: the folder `tools/prepare_data.py` writes."""
+
+    path: str = MISSING
+    seq_length: int = 2048
+    """Tokens in a training sequence (T)."""
+    seed: int = 1234
+    """Seed of the global order of sequences; the order does not depend on the data-parallel size."""
+    num_workers: int = 1
+    """Loader processes of each rank; 0 reads in the training process."""
+    on_bad_shard: str = "fail"
+    """What a missing, truncated or altered shard does at start: fail, or skip (named in the log)."""
+    verify: str = "size"
+    """How shards are verified at start: size, or checksum (reads everything once)."""
+
+
+@dataclass
+class TrainerConfig:
+    """Length, batch and numerics of the training run."""
+
+    max_steps: int | None = None
+    """Optimizer steps. Give this or `max_tokens`, not both."""
+    max_tokens: int | None = None
+    """Training tokens, rounded up to whole steps."""
+    global_batch_size: int = 512
+    """Sequences in an optimizer step over all ranks."""
+    micro_batch_size: int = 8
+    """Sequences in one forward pass of one data-parallel rank."""
+    precision: str = "bf16"
+    """bf16 (fp32 master weights) or fp32."""
+    z_loss: float = 1e-6
+    """Weight of the mean squared log-partition function in the loss."""
+    eval_every: int = 1000
+    """Steps between evaluations on held-out text; 0 evaluates only at the end."""
+    eval_sequences: int = 1024
+    """Held-out sequences in an evaluation; 0 means all of the validation split."""
+    seed: int = 1234
+    """Seed of the initial weights."""
+
+
+@dataclass
+class CheckpointConfig:
+    """Saving and resuming."""
+
+    every: int = 1000
+    """Steps between checkpoints; 0 saves only at the end."""
+    keep_last: int = 2
+    resume: bool = True
+    """Continue from the run folder's newest complete checkpoint, if there is one."""
+
+
+@dataclass
+class LoggingConfig:
+    """Where metrics go, besides the run folder's metrics.jsonl."""
+
+    every: int = 10
+    """Steps between log lines; the loss of the steps between is averaged in."""
+    wandb: str = "auto"
+    """auto (online with a login, offline without), online, offline, or disabled."""
+    wandb_project: str = "tide_mega"
+    wandb_entity: str | None = None
+
+
+@dataclass
+class ClusterConfig:
+    """The machine: what kind of device, and what is known of it."""
+
+    name: str = MISSING
+    device: str = "auto"
+    """auto (cuda when there is a GPU, else cpu), cpu, or cuda."""
+    peak_tflops: float | None = None
+    """Dense bf16 peak of one device for MFU; null means the device's known peak, measured on CPU."""
+    threads: int | None = None
+    """CPU threads of each process; null means the cores divided by the processes of the node."""
+    timeout_minutes: float = 30.0
+    """How long a collective may hang before the run stops."""
+
+
+@dataclass
+class RunConfig:
+    """Where the run lives."""
+
+    name: str = MISSING
+    root: str = "runs"
+    """The run folder is `root/name`: metrics, checkpoints, resolved configuration."""
+
+
+@dataclass
+class TideConfig:
+    """Everything a training run depends on."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    experiment: Any = None
+    """Name of the chosen experiment, for the record."""
