@@ -1,0 +1,49 @@
+"""Every topology against the plain single-process reference, on the same weights and data."""
+
+import pytest
+
+from tests.support.parity import Case, compare_gradients, compare_training
+
+FP32 = 1e-5
+
+GRADIENT_CASES = [
+    Case(tensor=tensor, sequence_parallel=sp, num_blocks=blocks, tie_embeddings=tied)
+    for tensor, sp in ((1, False), (2, False), (2, True))
+    for blocks in (0, 3, 8)
+    for tied in (True, False)
+]
+
+TRAINING_CASES = [
+    Case(num_blocks=0),
+    Case(num_blocks=3),
+    Case(num_blocks=3, zero_stage=2),
+    Case(num_blocks=3, table_lr_multiplier=5.0),
+    Case(data=2, num_blocks=0),
+    Case(data=2, num_blocks=3),
+    Case(data=2, num_blocks=3, zero_stage=2, accumulation=4),
+    Case(data=2, num_blocks=3, accumulation=1, tie_embeddings=False),
+    Case(tensor=2, num_blocks=0),
+    Case(tensor=2, num_blocks=3),
+    Case(tensor=2, sequence_parallel=True, num_blocks=3),
+    Case(tensor=2, sequence_parallel=True, num_blocks=8, zero_stage=2, recompute="full"),
+    Case(recompute="selective", num_blocks=3),
+    Case(recompute="full", num_blocks=3),
+    Case(tensor=2, data=2, num_blocks=3),
+    Case(tensor=2, data=2, num_blocks=3, sequence_parallel=True, zero_stage=2),
+]
+
+
+@pytest.mark.parametrize("case", GRADIENT_CASES, ids=str)
+def test_loss_and_all_gradients_equal_the_reference(pools, case, record_property):
+    for deviation in pools(case.world).run(compare_gradients, case):
+        record_property("worst", deviation.worst())
+        assert deviation.worst() < FP32, deviation
+
+
+@pytest.mark.parametrize("case", TRAINING_CASES, ids=str)
+def test_five_clipped_adamw_steps_equal_the_reference(pools, case, record_property):
+    for deviation in pools(case.world).run(compare_training, case):
+        record_property("worst", deviation.worst())
+        assert deviation.loss < FP32, deviation
+        assert deviation.norm < FP32, deviation
+        assert max(deviation.tensors.values()) < FP32, deviation

@@ -1,0 +1,21 @@
+"""The engine's interface over plain autograd, to see a model's gradients before any optimizer."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+
+class BareEngine:
+    """Calls the model and leaves gradients on its parameters."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def accumulate(self) -> Iterator[None]:
+        yield

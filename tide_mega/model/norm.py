@@ -1,0 +1,24 @@
+"""RMSNorm as megatron-core's specs build it, usable under sequence parallelism without apex."""
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.Module):
+    """torch's fused RMSNorm over the last dimension, with the gain tagged for sequence parallelism.
+
+    megatron-core's own torch norm refuses sequence parallelism; its apex and Transformer Engine norms need
+    those libraries.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise x [..., D]."""
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)

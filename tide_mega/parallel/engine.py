@@ -1,0 +1,148 @@
+"""DeepSpeed: the one door. ZeRO sharding, data-parallel reduction, master weights, clipping, the step."""
+
+import contextlib
+import importlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from torch import nn
+
+from tide_mega.config.schema import OptimConfig
+from tide_mega.parallel.device import Device, detect_libraries
+from tide_mega.parallel.groups import Mpu, ParallelGroups
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters that share a learning rate and a weight decay."""
+
+    name: str
+    parameters: list[nn.Parameter]
+    weight_decay: float
+    lr_multiplier: float = 1.0
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What the engine must know of the configuration."""
+
+    zero_stage: int
+    precision: str
+    clip_grad: float
+    micro_batch_size: int
+
+
+class Engine:
+    """A model and its optimizer under DeepSpeed ZeRO 1 or 2.
+
+    DeepSpeed's own gradient accumulation is 1: megatron's schedule divides by the number of microbatches,
+    and all backward passes of a step happen inside `accumulate()`, which reduces once at its end.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parameter_groups: list[ParameterGroup],
+        optim: OptimConfig,
+        options: EngineOptions,
+        groups: ParallelGroups,
+        device: Device,
+    ) -> None:
+        self.parameter_groups = [group for group in parameter_groups if group.parameters]
+        # Compiling DeepSpeed's shared-memory collectives takes most of a minute and gloo does without.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed(dist_backend=device.backend, verbose=False, dist_init_required=False)
+        self._engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=_adamw(self.parameter_groups, optim, device),
+            config=_deepspeed_config(options, groups.data_size),
+            mpu=Mpu(groups),
+            dist_init_required=False,
+        )
+
+    @property
+    def module(self) -> Any:
+        """The model, as DeepSpeed has cast and placed it."""
+        return self._engine.module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model's forward pass so that backward passes through its output are seen by ZeRO."""
+        return self._engine(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def accumulate(self) -> Iterator[None]:
+        """Every backward pass of one optimizer step goes inside; gradients are reduced once, on leaving."""
+        with self._engine.coalesce_grad_reduction():
+            yield
+
+    def group_grad_norm(self, name: str) -> float:
+        """Norm of one parameter group's reduced gradient before clipping; after `accumulate`, before `step`."""
+        optimizer = self._engine.optimizer
+        for index, group in enumerate(self.parameter_groups):
+            if group.name == name:
+                norm = optimizer.get_grad_norm_direct(
+                    optimizer.averaged_gradients[index], optimizer.params_in_partition[index]
+                )
+                return float(norm)
+        return 0.0
+
+    def step(self, lr: float) -> None:
+        """Clip, update with learning rate `lr` times each group's multiplier, and clear gradients."""
+        for group, settings in zip(self._engine.optimizer.param_groups, self.parameter_groups, strict=True):
+            group["lr"] = lr * settings.lr_multiplier
+        self._engine.step()
+
+    def grad_norm(self) -> float:
+        """Global norm before clipping of the step just made, over all parameters, each counted once."""
+        return float(self._engine.get_global_grad_norm())
+
+    def save(self, folder: Path, tag: str) -> None:
+        """Write this process's share of model and optimizer to `folder/tag`; collective."""
+        self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+
+    def load(self, folder: Path, tag: str) -> None:
+        """Read what `save` wrote at the same topology; collective."""
+        loaded, _ = self._engine.load_checkpoint(str(folder), tag=tag, load_lr_scheduler_states=False)
+        if loaded is None:
+            raise FileNotFoundError(f"{folder / tag} holds no checkpoint this topology can read")
+
+    def close(self) -> None:
+        """Drop DeepSpeed's hooks and buffers, so that a process can build another engine."""
+        self._engine.destroy()
+
+
+def optimizer_name(device: Device) -> str:
+    """Return the AdamW implementation that will be used, for the start-up log."""
+    if device.is_cuda and detect_libraries()["apex"]:
+        return "apex FusedAdam"
+    return "torch AdamW (fused)"
+
+
+def _adamw(groups: list[ParameterGroup], optim: OptimConfig, device: Device) -> torch.optim.Optimizer:
+    settings = [
+        {"params": group.parameters, "weight_decay": group.weight_decay, "name": group.name} for group in groups
+    ]
+    common: dict[str, Any] = {"lr": optim.lr, "betas": (optim.beta1, optim.beta2), "eps": optim.eps}
+    if device.is_cuda and detect_libraries()["apex"]:
+        return importlib.import_module("apex.optimizers").FusedAdam(settings, adam_w_mode=True, **common)
+    return torch.optim.AdamW(settings, fused=True, **common)
+
+
+def _deepspeed_config(options: EngineOptions, data_size: int) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": options.micro_batch_size,
+        "gradient_accumulation_steps": 1,
+        "train_batch_size": options.micro_batch_size * data_size,
+        "gradient_clipping": options.clip_grad,
+        "bf16": {"enabled": options.precision == "bf16"},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_optimization": {"stage": options.zero_stage, "overlap_comm": False},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 2**31,
+    }
+
+

@@ -1,0 +1,190 @@
+"""Process groups: the one door to `torch.distributed` start-up and to megatron-core's parallel state."""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from torch.distributed import ProcessGroup
+
+from tide_mega.config.errors import ConfigError
+from tide_mega.config.schema import ParallelConfig
+from tide_mega.parallel import megatron_cpu
+from tide_mega.parallel.device import Device
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all, as torchrun's or SLURM's environment tells."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+
+    @classmethod
+    def from_environment(cls) -> "World":
+        """Read RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE; absent means one process alone."""
+        rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        return cls(rank, size, local_rank, local_size)
+
+
+@dataclass(frozen=True)
+class ParallelGroups:
+    """Every group a part of the system may need; passed in, never looked up from inside the model."""
+
+    collection: ProcessGroupCollection
+    """What megatron-core's modules take."""
+    tensor: ProcessGroup
+    data: ProcessGroup
+    pipeline: ProcessGroup
+    model: ProcessGroup
+    """Tensor x pipeline: all shards of one replica."""
+    memory: ProcessGroup
+    """The owners of the memory tables: row shards lie along it in rank order."""
+
+    @property
+    def tensor_rank(self) -> int:
+        """This process within its tensor-parallel group."""
+        return self.tensor.rank()
+
+    @property
+    def tensor_size(self) -> int:
+        """Tensor-parallel processes."""
+        return self.tensor.size()
+
+    @property
+    def data_rank(self) -> int:
+        """This process within its data-parallel group."""
+        return self.data.rank()
+
+    @property
+    def data_size(self) -> int:
+        """Data-parallel replicas."""
+        return self.data.size()
+
+
+def start_distributed(device: Device, world: World, timeout_minutes: float) -> None:
+    """Join the job's process group, or make a group of one.
+
+    Raises:
+        ConfigError: several processes were announced without MASTER_ADDR and MASTER_PORT.
+    """
+    megatron_cpu.install()
+    os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # DeepSpeed refuses to start without it
+    if dist.is_initialized():
+        return
+    timeout = timedelta(minutes=timeout_minutes)
+    if world.size == 1:
+        store = dist.HashStore()
+        dist.init_process_group(device.backend, store=store, rank=0, world_size=1, timeout=timeout)
+        return
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise ConfigError(
+            f"WORLD_SIZE={world.size} but {' and '.join(missing)} is not set: start several processes with "
+            "`torchrun --nproc-per-node=N -m tide_mega.train ...` or with a script of slurm/."
+        )
+    dist.init_process_group(device.backend, rank=world.rank, world_size=world.size, timeout=timeout)
+
+
+def make_groups(parallel: ParallelConfig, seed: int) -> ParallelGroups:
+    """Split the world into tensor, pipeline and data groups (megatron's order: tensor fastest)."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor, pipeline_model_parallel_size=parallel.pipeline
+    )
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    return ParallelGroups(
+        collection=ProcessGroupCollection.use_mpu_process_groups(),
+        tensor=parallel_state.get_tensor_model_parallel_group(),
+        data=parallel_state.get_data_parallel_group(),
+        pipeline=parallel_state.get_pipeline_model_parallel_group(),
+        model=parallel_state.get_model_parallel_group(),
+        memory=parallel_state.get_tensor_model_parallel_group(),
+    )
+
+
+def stop_distributed() -> None:
+    """Leave all groups; without it gloo and NCCL threads abort the interpreter's exit now and then."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+class Mpu:
+    """Megatron's parallel state as DeepSpeed asks for it.
+
+    DeepSpeed takes data-parallel and model-parallel groups from such an object; without it the gradient
+    norm of a tensor-parallel model is silently wrong.
+    """
+
+    def __init__(self, groups: ParallelGroups) -> None:
+        self.groups = groups
+
+    def get_model_parallel_rank(self) -> int:
+        """Rank among the shards of a replica."""
+        return self.groups.model.rank()
+
+    def get_model_parallel_world_size(self) -> int:
+        """Shards of a replica."""
+        return self.groups.model.size()
+
+    def get_model_parallel_group(self) -> ProcessGroup:
+        """The shards of this replica."""
+        return self.groups.model
+
+    def get_tensor_model_parallel_rank(self) -> int:
+        """Rank within the tensor-parallel group."""
+        return self.groups.tensor.rank()
+
+    def get_tensor_model_parallel_world_size(self) -> int:
+        """Tensor-parallel size."""
+        return self.groups.tensor.size()
+
+    def get_tensor_model_parallel_group(self) -> ProcessGroup:
+        """The tensor-parallel group."""
+        return self.groups.tensor
+
+    def get_pipeline_model_parallel_rank(self) -> int:
+        """Pipeline stage."""
+        return self.groups.pipeline.rank()
+
+    def get_pipeline_model_parallel_world_size(self) -> int:
+        """Pipeline stages."""
+        return self.groups.pipeline.size()
+
+    def get_pipeline_model_parallel_group(self) -> ProcessGroup:
+        """The stages of this replica."""
+        return self.groups.pipeline
+
+    def get_data_parallel_rank(self) -> int:
+        """Replica."""
+        return self.groups.data.rank()
+
+    def get_data_parallel_world_size(self) -> int:
+        """Replicas."""
+        return self.groups.data.size()
+
+    def get_data_parallel_group(self) -> ProcessGroup:
+        """The processes that hold the same shard of different replicas."""
+        return self.groups.data
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        """Global ranks of the data-parallel group."""
+        return dist.get_process_group_ranks(self.groups.data)
+
+
+def sum_over(group: ProcessGroup, tensor: torch.Tensor) -> torch.Tensor:
+    """Sum `tensor` over the group, in place, and return it; free where the group has one member."""
+    if group.size() > 1:
+        dist.all_reduce(tensor, group=group)
+    return tensor

@@ -1,0 +1,67 @@
+"""Driving microbatches: the one door to megatron-core's pipeline schedules."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from tide_mega.parallel.groups import sum_over
+from tide_mega.parallel.megatron_cpu import cuda_means_cpu
+
+LossFunction = Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]
+ForwardStep = Callable[[Iterator[Any], nn.Module], tuple[Tensor, LossFunction]]
+
+
+def run_microbatches(
+    forward_step: ForwardStep,
+    microbatches: list[Any],
+    model: nn.Module,
+    *,
+    seq_length: int,
+    forward_only: bool = False,
+) -> list[dict[str, Tensor]]:
+    """Run forward, and unless `forward_only` backward, of every microbatch on every pipeline stage.
+
+    Args:
+        forward_step: takes the iterator and the model, returns the model's output and a function from the
+            output to (loss, extras). Megatron divides that loss by the number of microbatches.
+        microbatches: what the iterator yields, in order; the same number on every rank.
+        model: a megatron module (`config`, `set_input_tensor`), not the DeepSpeed engine.
+        seq_length: tokens of a sequence, the T of the tensors between stages.
+        forward_only: evaluation, without a graph.
+
+    Returns:
+        The extras of each microbatch; on the last pipeline stage only.
+    """
+    with cuda_means_cpu():
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(microbatches),
+            model=model,
+            num_microbatches=len(microbatches),
+            seq_length=seq_length,
+            micro_batch_size=microbatches[0].micro_batch_size,
+            forward_only=forward_only,
+        )
+
+
+def sum_sequence_parallel_gradients(model: nn.Module, tensor_group: ProcessGroup) -> None:
+    """Complete the gradients of replicated parameters that each tensor rank saw for its tokens only.
+
+    Under sequence parallelism norms and routers work on a slice of the sequence, so their gradient on one
+    rank is a part of the sum. Megatron's own optimizer adds the parts; DeepSpeed does not know them.
+    """
+    partial = [
+        parameter.grad
+        for parameter in model.parameters()
+        if getattr(parameter, "sequence_parallel", False) and parameter.grad is not None
+    ]
+    if not partial:
+        return
+    flat = torch.cat([gradient.flatten().float() for gradient in partial])
+    sum_over(tensor_group, flat)
+    for gradient, summed in zip(partial, flat.split([g.numel() for g in partial]), strict=True):
+        gradient.copy_(summed.view_as(gradient))
