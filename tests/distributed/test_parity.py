@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.support.parity import Case, compare_gradients, compare_training
+from tests.support.parity import Case, compare_gradients, compare_training, compare_updates
 
 FP32 = 1e-5
 
@@ -47,3 +47,18 @@ def test_five_clipped_adamw_steps_equal_the_reference(pools, case, record_proper
         assert deviation.loss < FP32, deviation
         assert deviation.norm < FP32, deviation
         assert max(deviation.tensors.values()) < FP32, deviation
+
+
+BF16_CASES = [
+    Case(precision="bf16", num_blocks=blocks, zero_stage=stage, data=data, tensor=tensor, accumulation=4)
+    for blocks, stage, data, tensor in ((0, 1, 1, 1), (3, 1, 1, 1), (3, 2, 2, 1), (3, 1, 1, 2))
+]
+
+
+@pytest.mark.parametrize("case", BF16_CASES, ids=str)
+def test_bf16_with_fp32_master_weights_errs_as_the_reference_in_bf16_does(pools, case, record_property):
+    for deviation in pools(case.world).run(compare_updates, case):
+        record_property("worst", deviation.worst())
+        assert deviation.loss < 1e-2, deviation
+        assert deviation.norm < 3e-2, deviation
+        assert max(deviation.tensors.values()) < 1.5, deviation

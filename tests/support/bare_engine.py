@@ -4,13 +4,14 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
+from tide_mega.model.tide import TideModel
+from tide_mega.parallel.gradients import GradientAccumulator
 
 
 class BareEngine:
     """Calls the model and leaves gradients on its parameters."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: TideModel) -> None:
         self.module = module
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -19,3 +20,4 @@ class BareEngine:
     @contextlib.contextmanager
     def accumulate(self) -> Iterator[None]:
         yield
+        GradientAccumulator(self.module.parameters(), self.module.groups.tensor).finish()

@@ -1,5 +1,6 @@
 """Running a topology and the plain reference on the same weights and data, and measuring the difference."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -17,11 +18,12 @@ from tide_mega.config.schema import (
 )
 from tide_mega.data.batch import TokenBatch
 from tide_mega.model.reference import ReferenceShape, ReferenceTide
+from tide_mega.model.spec import DTYPES
 from tide_mega.model.tide import TideModel
 from tide_mega.model.weights import InitialWeights, initialise, local_tensors
-from tide_mega.parallel.device import choose_device
+from tide_mega.parallel.device import Device, choose_device
 from tide_mega.parallel.engine import Engine, EngineOptions
-from tide_mega.parallel.groups import make_groups
+from tide_mega.parallel.groups import ParallelGroups, make_groups
 from tide_mega.training.optimizer import TABLES, parameter_groups
 from tide_mega.training.step import compute_gradients
 
@@ -122,7 +124,9 @@ def reference_model(config: TideConfig) -> ReferenceTide:
     initial = InitialWeights(model, memory, config.trainer.seed)
     with torch.no_grad():
         for name, parameter in canonical_parameters(reference).items():
-            parameter.copy_(initial.rows(name, 0, parameter.size(0)))
+            values = initial.rows(name, 0, parameter.size(0))
+            # DeepSpeed makes the fp32 master weights from the model it has cast, so they start rounded.
+            parameter.copy_(values.to(DTYPES[config.trainer.precision]))
     return reference
 
 
@@ -197,22 +201,19 @@ def compare_gradients(case: Case) -> Deviation:
     )
 
 
-def compare_training(case: Case) -> Deviation:
-    """Five AdamW steps with clipping active: loss and norm of each, all parameters at the end."""
-    config = configuration(case)
-    device = choose_device("cpu", 0)
-    groups = make_groups(config.parallel, seed=1)
-    model = TideModel(config, groups, device.torch_device)
-    initialise(model, config.model, config.memory, config.trainer.seed)
-    engine = Engine(
-        model,
-        parameter_groups(model, config.optim),
-        config.optim,
-        EngineOptions(case.zero_stage, case.precision, config.optim.clip_grad, MICRO_BATCH),
-        groups,
-        device,
+def build_engine(
+    model: TideModel, case: Case, config: TideConfig, groups: ParallelGroups, device: Device
+) -> Engine:
+    options = EngineOptions(
+        case.zero_stage, case.precision, config.optim.clip_grad, MICRO_BATCH, case.accumulation
     )
-    reference = reference_model(config)
+    return Engine(model, parameter_groups(model, config.optim), config.optim, options, groups, device)
+
+
+def train_side_by_side(
+    case: Case, config: TideConfig, engine: Engine, reference: ReferenceTide, groups: ParallelGroups
+) -> tuple[list[float], list[float]]:
+    """Train both for some clipped AdamW steps; return relative differences of loss and norm of each."""
     optimizer = reference_optimizer(reference, config.optim)
     losses, norms = [], []
     for step in range(STEPS):
@@ -232,11 +233,72 @@ def compare_training(case: Case) -> Deviation:
         optimizer.zero_grad()
         losses.append(abs(float(sums[0] / sums[1]) - expected_loss) / expected_loss)
         norms.append(abs(engine.grad_norm() - expected_norm) / expected_norm)
+    return losses, norms
+
+
+def compare_training(case: Case) -> Deviation:
+    """Five AdamW steps with clipping active: loss and norm of each, all parameters at the end."""
+    config = configuration(case)
+    device = choose_device("cpu", 0)
+    groups = make_groups(config.parallel, seed=1)
+    model = TideModel(config, groups, device.torch_device)
+    initialise(model, config.model, config.memory, config.trainer.seed)
+    engine = build_engine(model, case, config, groups, device)
+    reference = reference_model(config)
+    losses, norms = train_side_by_side(case, config, engine, reference, groups)
     names = parameter_names(engine.module)
     pairs = local_tensors(engine.module, config.model, fetch_from(canonical_parameters(reference)))
     tensors = {names[id(p)]: relative(p, expected) for p, expected in pairs}
     engine.close()
     return Deviation(max(losses), max(norms), tensors)
+
+
+def compare_updates(case: Case) -> Deviation:
+    """As `compare_training` for bf16: `tensors` are errors of the whole update, in the L2 norm.
+
+    They are divided by the error that the plain reference makes when it computes in bf16: about 1 means
+    that bf16 explains the difference.
+    """
+    config = configuration(case)
+    device = choose_device("cpu", 0)
+    groups = make_groups(config.parallel, seed=1)
+    model = TideModel(config, groups, device.torch_device)
+    initialise(model, config.model, config.memory, config.trainer.seed)
+    engine = build_engine(model, case, config, groups, device)
+    start = {id(p): engine.master_weight(p).clone() for p in engine.module.parameters()}
+    reference = reference_model(config)
+    losses, norms = train_side_by_side(case, config, engine, reference, groups)
+    names = parameter_names(engine.module)
+    exact = local_tensors(engine.module, config.model, fetch_from(canonical_parameters(reference)))
+    rounded = local_tensors(engine.module, config.model, fetch_from(bf16_reference_updates(case)))
+    tensors = {}
+    for (parameter, expected), (_, explained) in zip(exact, rounded, strict=True):
+        error = (engine.master_weight(parameter) - expected.detach()).norm()
+        size = (expected.detach() - start[id(parameter)]).norm()
+        tensors[names[id(parameter)]] = float(error / ((explained - expected.detach()).norm() + 0.005 * size))
+    engine.close()
+    return Deviation(max(losses), max(norms), tensors)
+
+
+def bf16_reference_updates(case: Case) -> dict[str, Tensor]:
+    """What the plain reference itself makes of bf16 compute with fp32 master weights: its final parameters."""
+    config = configuration(case)
+    master = reference_model(config)
+    optimizer = reference_optimizer(master, config.optim)
+    for step in range(STEPS):
+        low = copy.deepcopy(master).bfloat16()
+        batches = batches_of_step(case, config, step)
+        for batch in batches:
+            (low(batch.tokens_BT, batch.labels_BT, Z_LOSS).loss / len(batches)).backward()
+            for wide, narrow in zip(master.parameters(), low.parameters(), strict=True):
+                wide.grad = narrow.grad.float() + (0 if wide.grad is None else wide.grad)
+                narrow.grad = None
+        torch.nn.utils.clip_grad_norm_(master.parameters(), config.optim.clip_grad)
+        for group in optimizer.param_groups:
+            group["lr"] = config.optim.lr * (1 - 0.1 * step) * group["multiplier"]
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name: parameter.detach() for name, parameter in canonical_parameters(master).items()}
 
 
 def reference_optimizer(reference: ReferenceTide, optim: OptimConfig) -> torch.optim.Optimizer:

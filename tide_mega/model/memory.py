@@ -40,7 +40,7 @@ class EmbeddingMemory(nn.Module):
 class MemoryBoard:
     """What the layers of a stage read during a step: a plain object, so that no layer owns the tables.
 
-    `rows_UKD` is a leaf: every layer's backward adds to its gradient, which goes home once, after the last
+    `rows_UKD` is an fp32 leaf: every layer's backward adds to its gradient, which goes home once, after the last
     microbatch. It stays the same for all microbatches, so recompute finds it as it was; the index of a
     microbatch is not here but travels through the block with the hidden state.
     """
@@ -56,7 +56,7 @@ class MemoryStep:
     def __init__(self, memory_UKD: Tensor, board: MemoryBoard) -> None:
         self.memory_UKD = memory_UKD
         self.board = board
-        board.rows_UKD = memory_UKD.detach().requires_grad_(memory_UKD.requires_grad)
+        board.rows_UKD = memory_UKD.detach().float().requires_grad_(memory_UKD.requires_grad)
 
     def send_gradients(self, tensor_group: ProcessGroup, *, partial: bool) -> None:
         """Carry the gradient the layers left on the board back to the norms and the tables.
@@ -70,7 +70,7 @@ class MemoryStep:
             raise RuntimeError("no layer has read the memory: send_gradients belongs after the backward pass")
         if partial:
             sum_over(tensor_group, leaf_UKD.grad)
-        self.memory_UKD.backward(leaf_UKD.grad)
+        self.memory_UKD.backward(leaf_UKD.grad.to(self.memory_UKD.dtype))
         self.close()
 
     def close(self) -> None:

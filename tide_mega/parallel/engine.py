@@ -13,6 +13,7 @@ from torch import nn
 
 from tide_mega.config.schema import OptimConfig
 from tide_mega.parallel.device import Device, detect_libraries
+from tide_mega.parallel.gradients import GradientAccumulator
 from tide_mega.parallel.groups import Mpu, ParallelGroups
 
 
@@ -24,6 +25,8 @@ class ParameterGroup:
     parameters: list[nn.Parameter]
     weight_decay: float
     lr_multiplier: float = 1.0
+    every_microbatch: bool = True
+    """Whether each microbatch adds to the gradient; tables receive theirs once a step."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,8 @@ class EngineOptions:
     precision: str
     clip_grad: float
     micro_batch_size: int
+    accumulation: int
+    """Microbatches of one data-parallel rank in an optimizer step."""
 
 
 class Engine:
@@ -63,6 +68,11 @@ class Engine:
             mpu=Mpu(groups),
             dist_init_required=False,
         )
+        self._accumulator = GradientAccumulator(
+            [p for group in self.parameter_groups if group.every_microbatch for p in group.parameters],
+            groups.tensor,
+            widen=options.precision == "bf16" and options.accumulation > 1,
+        )
 
     @property
     def module(self) -> Any:
@@ -78,6 +88,7 @@ class Engine:
         """Every backward pass of one optimizer step goes inside; gradients are reduced once, on leaving."""
         with self._engine.coalesce_grad_reduction():
             yield
+            self._accumulator.finish()
 
     def group_grad_norm(self, name: str) -> float:
         """Norm of one parameter group's reduced gradient before clipping; after `accumulate`, before `step`."""
@@ -100,6 +111,10 @@ class Engine:
         """Global norm before clipping of the step just made, over all parameters, each counted once."""
         return float(self._engine.get_global_grad_norm())
 
+    def master_weight(self, parameter: nn.Parameter) -> torch.Tensor:
+        """Return the fp32 weight that the optimizer updates, whole over data parallelism; collective."""
+        return deepspeed.utils.safe_get_full_fp32_param(parameter)
+
     def save(self, folder: Path, tag: str) -> None:
         """Write this process's share of model and optimizer to `folder/tag`; collective."""
         self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
@@ -111,7 +126,8 @@ class Engine:
             raise FileNotFoundError(f"{folder / tag} holds no checkpoint this topology can read")
 
     def close(self) -> None:
-        """Drop DeepSpeed's hooks and buffers, so that a process can build another engine."""
+        """Drop hooks and buffers, so that a process can build another engine."""
+        self._accumulator.close()
         self._engine.destroy()
 
 
@@ -139,7 +155,9 @@ def _deepspeed_config(options: EngineOptions, data_size: int) -> dict[str, Any]:
         "train_batch_size": options.micro_batch_size * data_size,
         "gradient_clipping": options.clip_grad,
         "bf16": {"enabled": options.precision == "bf16"},
-        "data_types": {"grad_accum_dtype": "fp32"},
+        # With fp32 here DeepSpeed 0.19 turns bf16 at stage 1 into another optimizer, without `accumulate`'s one
+        # reduction a step; GradientAccumulator keeps the microbatches' sum in fp32 instead.
+        "data_types": {"grad_accum_dtype": options.precision},
         "zero_optimization": {"stage": options.zero_stage, "overlap_comm": False},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**31,

@@ -3,12 +3,9 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 
-from tide_mega.parallel.groups import sum_over
 from tide_mega.parallel.megatron_cpu import cuda_means_cpu
 
 LossFunction = Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]
@@ -46,22 +43,3 @@ def run_microbatches(
             micro_batch_size=microbatches[0].micro_batch_size,
             forward_only=forward_only,
         )
-
-
-def sum_sequence_parallel_gradients(model: nn.Module, tensor_group: ProcessGroup) -> None:
-    """Complete the gradients of replicated parameters that each tensor rank saw for its tokens only.
-
-    Under sequence parallelism norms and routers work on a slice of the sequence, so their gradient on one
-    rank is a part of the sum. Megatron's own optimizer adds the parts; DeepSpeed does not know them.
-    """
-    partial = [
-        parameter.grad
-        for parameter in model.parameters()
-        if getattr(parameter, "sequence_parallel", False) and parameter.grad is not None
-    ]
-    if not partial:
-        return
-    flat = torch.cat([gradient.flatten().float() for gradient in partial])
-    sum_over(tensor_group, flat)
-    for gradient, summed in zip(partial, flat.split([g.numel() for g in partial]), strict=True):
-        gradient.copy_(summed.view_as(gradient))

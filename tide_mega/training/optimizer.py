@@ -22,5 +22,5 @@ def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[ParameterGrou
     return [
         ParameterGroup("matrices", matrices, optim.weight_decay),
         ParameterGroup("gains", gains, 0.0),
-        ParameterGroup(TABLES, tables, table_decay, optim.table_lr_multiplier),
+        ParameterGroup(TABLES, tables, table_decay, optim.table_lr_multiplier, every_microbatch=False),
     ]

@@ -15,7 +15,7 @@ from tide_mega.memory.plan import plan_rows
 from tide_mega.model.memory import MemoryStep
 from tide_mega.model.tide import TideModel
 from tide_mega.parallel.engine import Engine
-from tide_mega.parallel.pipeline import LossFunction, run_microbatches, sum_sequence_parallel_gradients
+from tide_mega.parallel.pipeline import LossFunction, run_microbatches
 from tide_mega.training.loss import token_loss
 
 
@@ -60,7 +60,6 @@ def compute_gradients(engine: Engine, batches: list[TokenBatch], z_loss: float) 
         )
         if reading is not None:
             reading.send_gradients(model.groups.tensor, partial=model.config.sequence_parallel)
-        sum_sequence_parallel_gradients(model, model.groups.tensor)
     return StepResult(
         loss_sum=torch.stack([result["cross_entropy"].sum() for result in results]).sum(),
         z_square_sum=torch.stack([result["z_square"] for result in results]).sum(),

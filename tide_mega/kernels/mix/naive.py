@@ -15,7 +15,8 @@ def mix_by_index(
     Args:
         normed_ND: RMSNorm of the post-attention hidden state, the router's input.
         router_JD: router weights of this layer, J = K + 1 rows, the null bank's last.
-        memory_UKD: normalised memory rows of the step's distinct types.
+        memory_UKD: normalised memory rows of the step's distinct types, fp32 so that the gradients of all layers
+            and microbatches add up in fp32.
         index_N: row of `memory_UKD` for each token, int64.
 
     Returns:
@@ -23,6 +24,7 @@ def mix_by_index(
     """
     alpha_NJ = F.linear(normed_ND, router_JD).float().softmax(-1)
     blocks = memory_UKD.size(1)
-    rows_NKD = F.embedding(index_N, memory_UKD.flatten(1)).view(index_N.numel(), blocks, -1)
+    rows_UX = memory_UKD.to(normed_ND.dtype).flatten(1)
+    rows_NKD = F.embedding(index_N, rows_UX).view(index_N.numel(), blocks, -1)
     weights_N1K = alpha_NJ[:, None, :blocks].to(rows_NKD.dtype)
     return (weights_N1K @ rows_NKD).squeeze(1), alpha_NJ[:, blocks].detach()

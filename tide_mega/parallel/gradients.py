@@ -1,0 +1,64 @@
+"""Local gradients of one optimizer step, before data-parallel reduction."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torch.distributed import ProcessGroup
+
+from tide_mega.parallel.groups import sum_over
+
+
+class GradientAccumulator:
+    """Adds microbatches in fp32, and completes what sequence parallelism left partial.
+
+    Autograd adds into `.grad` in the parameter's dtype: in bf16 the tenth microbatch already loses most of
+    what it brings. With `widen` the sum is kept in fp32 and rounded once, when the step's gradient is whole.
+    """
+
+    def __init__(
+        self, parameters: Iterable[nn.Parameter], tensor_group: ProcessGroup, *, widen: bool = False
+    ) -> None:
+        self._parameters = list(parameters)
+        self._tensor_group = tensor_group
+        self._sums: dict[nn.Parameter, torch.Tensor] = {}
+        self._hooks = []
+        if widen:
+            self._hooks = [p.register_post_accumulate_grad_hook(self._absorb) for p in self._parameters]
+
+    def _absorb(self, parameter: torch.Tensor) -> None:
+        if not isinstance(parameter, nn.Parameter) or parameter.grad is None:
+            return
+        if parameter in self._sums:
+            self._sums[parameter].add_(parameter.grad)
+        else:
+            self._sums[parameter] = parameter.grad.float()
+        parameter.grad = None
+
+    def finish(self) -> None:
+        """Leave each parameter's whole local gradient in `.grad`; after the last backward pass of a step."""
+        self._complete_partial()
+        for parameter, total in self._sums.items():
+            parameter.grad = total.to(parameter.dtype)
+        self._sums.clear()
+
+    def _complete_partial(self) -> None:
+        """Add the parts that each tensor rank saw of the gradient of norms and routers.
+
+        Under sequence parallelism these replicated parameters work on a slice of the sequence. Megatron's own
+        optimizer adds the parts; DeepSpeed does not know them.
+        """
+        partial = [p for p in self._parameters if getattr(p, "sequence_parallel", False)]
+        held = [(p, self._sums[p] if p in self._sums else p.grad) for p in partial]
+        gradients = [gradient for _, gradient in held if gradient is not None]
+        if not gradients or self._tensor_group.size() == 1:
+            return
+        flat = sum_over(self._tensor_group, torch.cat([gradient.flatten().float() for gradient in gradients]))
+        pieces = flat.split([gradient.numel() for gradient in gradients])
+        for gradient, piece in zip(gradients, pieces, strict=True):
+            gradient.copy_(piece.view_as(gradient))
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        for hook in self._hooks:
+            hook.remove()
