@@ -130,7 +130,9 @@ class CheckpointConfig:
     """Saving and resuming."""
 
     every: int = 1000
-    """Steps between checkpoints; 0 saves only at the end."""
+    """Steps between checkpoints; 0 saves none but the last."""
+    at_end: bool = True
+    """Whether the last step is saved too, when `every` does not fall on it."""
     keep_last: int = 2
     resume: bool = True
     """Continue from the run folder's newest complete checkpoint, if there is one."""
@@ -157,6 +159,8 @@ class ClusterConfig:
     """auto (cuda when there is a GPU, else cpu), cpu, or cuda."""
     peak_tflops: float | None = None
     """Dense bf16 peak of one device for MFU; null means the device's known peak, measured on CPU."""
+    memory_gb: float | None = None
+    """Memory of one device in 10^9 bytes; null skips the check that weights and optimizer state fit."""
     threads: int | None = None
     """CPU threads of each process; null means the cores divided by the processes of the node."""
     timeout_minutes: float = 30.0

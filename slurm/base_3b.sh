@@ -1,0 +1,15 @@
+#!/bin/bash
+# LLaMA-Base-3B, the baseline. Overrides follow the script: sbatch slurm/base_3b.sh optim.lr=2e-4
+#SBATCH --job-name=base_3b
+#SBATCH --nodes=16
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --exclusive
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
+EXPERIMENT=base_3b
+body="${TIDE_HOME:-${SLURM_SUBMIT_DIR:-.}}/slurm/body.sh"
+[[ -r "$body" ]] || { echo "No $body: call sbatch in the checkout's folder or set TIDE_HOME." >&2 && exit 2; }
+# shellcheck source-path=SCRIPTDIR source=body.sh
+. "$body"

@@ -1,0 +1,92 @@
+# shellcheck shell=bash
+# The shared body of every job script here. A script sets EXPERIMENT and sources this file with its arguments,
+# which are overrides for the training entry point.
+#
+# Settings, from the environment of sbatch:
+#   TIDE_HOME       checkout of the project; default: the folder sbatch was called in
+#   TIDE_CONTAINER  image for `srun --container-image` (pyxis); TIDE_MOUNTS adds mounts as src:dst,src:dst
+#   TIDE_VENV       virtual environment, where no container is given; default: $TIDE_HOME/.venv if there is one
+#   TIDE_RUN_NAME   name of the run folder; default: <experiment>-<job id>, which a requeued job keeps
+#   TIDE_IFNAME     network interface for NCCL's and gloo's sockets between nodes
+set -euo pipefail
+
+fail() {
+    printf '%s\n' "$1" >&2
+    exit 2
+}
+
+[[ -n "${SLURM_JOB_ID:-}" ]] ||
+    fail "This is a SLURM job script: submit it with sbatch, or run 'torchrun -m tide_mega.train experiment=$EXPERIMENT' on one machine."
+
+# --- Where the project is: sbatch runs a copy of the script, so its own path tells nothing.
+home="${TIDE_HOME:-$SLURM_SUBMIT_DIR}"
+[[ -f "$home/tide_mega/train.py" && -f "$home/conf/config.yaml" ]] ||
+    fail "No tide_mega checkout in $home: call sbatch in the checkout's folder or set TIDE_HOME."
+cd "$home"
+
+# --- Which Python.
+launch=(srun --kill-on-bad-exit=1 --cpu-bind=none)
+if [[ -n "${TIDE_CONTAINER:-}" ]]; then
+    launch+=("--container-image=$TIDE_CONTAINER" "--container-workdir=$home")
+    launch+=("--container-mounts=$home:$home${TIDE_MOUNTS:+,$TIDE_MOUNTS}")
+    TIDE_PYTHON=python
+elif [[ -x "${TIDE_VENV:-$home/.venv}/bin/python" ]]; then
+    TIDE_PYTHON="${TIDE_VENV:-$home/.venv}/bin/python"
+elif [[ -n "${TIDE_VENV:-}" ]]; then
+    fail "TIDE_VENV=$TIDE_VENV has no bin/python: give a virtual environment in which tide_mega is installed."
+else
+    TIDE_PYTHON="$(command -v python3 || command -v python)" ||
+        fail "No Python found: set TIDE_VENV to a virtual environment or TIDE_CONTAINER to an image."
+fi
+export TIDE_PYTHON
+
+# --- GPUs: which cluster profile, and the demo where there are none.
+gpus=0
+if command -v nvidia-smi >/dev/null && names="$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null)"; then
+    gpus="$(grep -c . <<<"$names" || true)"
+fi
+tasks_on_node="${SLURM_TASKS_PER_NODE%%[(,]*}"
+if ((gpus > 0)); then
+    ((tasks_on_node <= gpus)) ||
+        fail "$tasks_on_node tasks on a node with $gpus GPU(s): submit with --ntasks-per-node=$gpus, one task a GPU."
+    case "$names" in
+        *B200*) cluster=b200 ;;
+        *H100*) cluster=h100 ;;
+        *) cluster=local ;;
+    esac
+else
+    case "$EXPERIMENT" in
+        base_*) demo=demo_base ;;
+        *) demo=demo_tide ;;
+    esac
+    echo "No GPU on $(hostname): running experiment=$demo in place of $EXPERIMENT."
+    EXPERIMENT="$demo"
+    cluster=local
+fi
+
+# --- Rendezvous. SLURM knows the address of a node even where its name does not resolve.
+head_node="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
+MASTER_ADDR="$(scontrol show node "$head_node" | grep -o 'NodeAddr=[^ ]*' | cut -d= -f2)"
+MASTER_ADDR="${MASTER_ADDR:-$head_node}"
+# Below the ephemeral range; another port after a requeue, since the last one may linger.
+MASTER_PORT="$((20000 + (SLURM_JOB_ID + 131 * ${SLURM_RESTART_COUNT:-0}) % 12000))"
+if ((SLURM_JOB_NUM_NODES == 1)) || [[ "$MASTER_ADDR" == 127.* ]]; then
+    MASTER_ADDR=127.0.0.1
+    export GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-lo}"
+elif [[ -n "${TIDE_IFNAME:-}" ]]; then
+    export NCCL_SOCKET_IFNAME="$TIDE_IFNAME" GLOO_SOCKET_IFNAME="$TIDE_IFNAME"
+fi
+export MASTER_ADDR MASTER_PORT
+
+# --- Libraries.
+export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
+export TORCH_NCCL_ASYNC_ERROR_HANDLING=1 # a dead peer ends the job instead of hanging it
+export CUDA_DEVICE_MAX_CONNECTIONS=1     # Megatron's tensor parallelism overlaps only in this order
+export PYTHONUNBUFFERED=1
+
+run_name="${TIDE_RUN_NAME:-$EXPERIMENT-$SLURM_JOB_ID}"
+echo "Job $SLURM_JOB_ID (restart ${SLURM_RESTART_COUNT:-0}): $SLURM_NTASKS process(es) on $SLURM_JOB_NUM_NODES" \
+    "node(s), rendezvous at $MASTER_ADDR:$MASTER_PORT, run folder name $run_name."
+
+# The user's overrides come last: they win over these.
+"${launch[@]}" bash "$home/slurm/task.sh" "experiment=$EXPERIMENT" "cluster=$cluster" "run.name=$run_name" "$@"

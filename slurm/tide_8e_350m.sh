@@ -1,0 +1,15 @@
+#!/bin/bash
+# TIDE-8E-350M. Overrides follow the script: sbatch slurm/tide_8e_350m.sh optim.lr=2e-4
+#SBATCH --job-name=tide_8e_350m
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --exclusive
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
+EXPERIMENT=tide_8e_350m
+body="${TIDE_HOME:-${SLURM_SUBMIT_DIR:-.}}/slurm/body.sh"
+[[ -r "$body" ]] || { echo "No $body: call sbatch in the checkout's folder or set TIDE_HOME." >&2 && exit 2; }
+# shellcheck source-path=SCRIPTDIR source=body.sh
+. "$body"

@@ -1,0 +1,153 @@
+"""A private SLURM cluster of two nodes on this host: its own munge key, sockets, ports and state folder."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+DAEMONS = ("munged", "slurmctld", "slurmd")
+CONFIG = """\
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+CredType=cred/munge
+AuthInfo=socket={folder}/munge/socket,cred_expire=5
+CommunicationParameters=NoCtldInAddrAny,NoInAddrAny
+SlurmctldPort={ports[0]}
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd-%n.log
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool/%n
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+MpiDefault=none
+SchedulerParameters=sched_interval=1,bf_interval=1
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+ReturnToService=2
+MinJobAge=86400
+JobRequeue=1
+KillWait=5
+SlurmdParameters=config_overrides
+NodeName=DEFAULT CPUs=2 SocketsPerBoard=1 CoresPerSocket=2 ThreadsPerCore=1 RealMemory=2000 State=UNKNOWN
+NodeName=node1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]}
+NodeName=node2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]}
+PartitionName=main Nodes=node[1-2] Default=YES MaxTime=INFINITE State=UP
+"""
+
+
+@dataclass
+class Cluster:
+    """Commands against the private cluster."""
+
+    folder: Path
+    config: Path
+
+    def run(self, *command: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_", "TIDE_"))}
+        environment = inherited | {"SLURM_CONF": str(self.config)} | environment
+        return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+
+    def finish(self, job: str, timeout: float, restarts: int = 0) -> dict[str, str]:
+        """Wait until the job has ended, for the `restarts`-th time after its first; its fields."""
+        deadline = time.monotonic() + timeout
+        while True:
+            shown = self.run("scontrol", "--oneliner", "show", "job", job).stdout
+            fields = dict(word.split("=", 1) for word in shown.split() if "=" in word)
+            ended = fields.get("JobState") in {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
+            if ended and int(fields["Restarts"]) >= restarts:
+                return fields
+            if time.monotonic() > deadline:
+                self.run("scancel", job)
+                pytest.fail(f"job {job} did not end within {timeout:.0f} s:\n{shown}\n{self.logs()}")
+            time.sleep(0.2)
+
+    def logs(self) -> str:
+        return "\n".join(f"--- {p.name}\n{p.read_text()[-3000:]}" for p in sorted(self.folder.glob("*.log")))
+
+
+def wait_until(reached: Callable[[], bool], what: str, logs: Callable[[], str], timeout: float = 30) -> None:
+    deadline = time.monotonic() + timeout
+    while not reached():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{what} did not happen within {timeout} s\n{logs()}")
+        time.sleep(0.05)
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory):
+    for daemon in DAEMONS:
+        if shutil.which(daemon, path=f"{os.environ['PATH']}:/usr/sbin") is None:
+            pytest.skip(f"{daemon} is not installed (apt-get install slurm-wlm munge)")
+    if os.geteuid() != 0:
+        pytest.skip("bringing up a SLURM cluster needs root")
+    folder = tmp_path_factory.mktemp("slurm")
+    for name in ("munge", "state", "spool/node1", "spool/node2"):
+        (folder / name).mkdir(parents=True, mode=0o700)
+    (folder / "munge").chmod(0o711)
+    config = folder / "slurm.conf"
+    config.write_text(
+        CONFIG.format(host=socket.gethostname().split(".")[0], folder=folder, ports=free_ports(3))
+    )
+    key = folder / "munge" / "key"
+    key.write_bytes(os.urandom(128))
+    key.chmod(0o400)
+    here = Cluster(folder, config)
+    started: list[subprocess.Popen] = []
+
+    def start(*command):
+        log = (folder / f"{Path(command[0]).name}-{len(started)}.log").open("w")
+        process = subprocess.Popen(
+            command, stdout=log, stderr=log, env=os.environ | {"SLURM_CONF": str(config)}
+        )
+        started.append(process)
+
+    try:
+        munge = folder / "munge"
+        start(
+            *("/usr/sbin/munged", "--foreground", "--force", "--num-threads=2", f"--key-file={key}"),
+            *(f"--socket={munge}/socket", f"--pid-file={munge}/pid", f"--seed-file={munge}/seed"),
+            f"--log-file={munge}/log",
+        )
+        wait_until((munge / "socket").exists, "munged's socket", here.logs)
+        start("/usr/sbin/slurmctld", "-D", "-f", str(config))
+        for node in ("node1", "node2"):
+            start("/usr/sbin/slurmd", "-D", "-f", str(config), "-N", node)
+        wait_until(
+            lambda: here.run("sinfo", "-h", "-o", "%D %t").stdout.strip() == "2 idle",
+            "2 idle nodes",
+            here.logs,
+        )
+        yield here
+    finally:
+        here.run("scancel", "--state=RUNNING,PENDING", "--user=root")
+        wait_until(lambda: not here.run("squeue", "-h").stdout.strip(), "an empty queue", here.logs)
+        for process in reversed(started):
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(timeout=15)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()

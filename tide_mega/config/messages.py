@@ -1,0 +1,86 @@
+"""One sentence in place of the several lines in which Hydra reports a user's mistake."""
+
+import difflib
+import re
+
+from tide_mega.config.describe import FieldHelp
+from tide_mega.config.errors import ConfigError
+
+
+def unknown_key(key: str, entries: list[FieldHelp]) -> str:
+    """Say that `key` does not exist, and which keys of the schema come nearest."""
+    keys = [entry.key for entry in entries]
+    parent = key.rpartition(".")[0]
+    siblings = [k for k in keys if parent and k.startswith(f"{parent}.")]
+    near = difflib.get_close_matches(key, keys, n=1, cutoff=0.75)
+    if near:
+        remedy = f"did you mean {near[0]}?"
+    elif siblings:
+        remedy = f"{parent} has {', '.join(k.removeprefix(f'{parent}.') for k in siblings)}"
+    else:
+        remedy = f"known keys are {', '.join(dict.fromkeys(k.split('.')[0] for k in keys))}"
+    return f"Unknown key {key}: {remedy}{'' if remedy.endswith('?') else '.'}"
+
+
+def explain(error: BaseException, entries: list[FieldHelp]) -> str:
+    """Turn an error of composing, merging or converting a configuration into one sentence."""
+    chain = [error]
+    while (cause := chain[-1].__cause__) is not None:
+        chain.append(cause)
+    keyed = next((e for e in reversed(chain) if isinstance(getattr(e, "full_key", None), str)), None)
+    key = getattr(keyed, "full_key", "")
+    if keyed is None or not key:
+        return _explain_unkeyed(str(error))
+    first_line = str(keyed).splitlines()[0].strip()
+    by_key = {entry.key: entry for entry in entries}
+    if first_line.startswith("Key ") and "not in" in first_line:
+        return unknown_key(key, entries)
+    if "missing mandatory value" in first_line.lower():
+        return f"{key} is not set: give {key}=<value> or choose a group that sets it."
+    if "does not support deletion" in first_line:
+        return f"{key} cannot be deleted: give it another value."
+    if key not in by_key:
+        return f"{key}: {first_line}."
+    takes = by_key[key].type_name.replace(" | None", " or null")
+    given = re.search(r"Value (.+?) (?:of type|is not)", first_line)
+    if first_line.startswith("Invalid value assigned"):
+        return f"{key} has the wrong type: it takes {takes}."
+    if given or "is not Optional" in first_line:
+        value = _unquote(given.group(1)) if given else "null"
+        return f"{key}={value} has the wrong type: it takes {takes}."
+    return f"{key}: {first_line}; it takes {takes}."
+
+
+def refuse_nameless_options(words: list[str], groups: dict[str, dict[str, str]]) -> None:
+    """Refuse `group=null`, `group=` and `group=[...]`, which Hydra answers with a traceback."""
+    for word in words:
+        group, equals, value = word.partition("=")
+        if equals and group in groups and (value in ("", "null") or value.startswith("[")):
+            raise ConfigError(f"{word} names no option of {group}: use {_join(list(groups[group]))}.")
+
+
+def _explain_unkeyed(text: str) -> str:
+    text = text.replace("\\'", "'")
+    options = re.search(
+        r"Could not find '(.+?)/([^/']+)'\s+Available options in '.+?':\n(.*?)\nConfig", text, re.S
+    )
+    if options:
+        group, name, listed = options.groups()
+        return f"{group}={name} does not exist: use {_join(listed.split())}."
+    if several := re.match(r"Ambiguous value for argument '(.+)'\n", text):
+        return (
+            f"{several.group(1)} gives several values: add --multirun to run each, or quote it as one string."
+        )
+    if unreadable := re.match(r"Error parsing override '(.*)'\n(.*)", text):
+        word, reason = unreadable.groups()
+        reason = reason.partition(" expecting {")[0]
+        return f"{word} cannot be read as group=option or key=value: {reason}."
+    return " ".join(text.split()).rstrip(".") + "."
+
+
+def _join(words: list[str]) -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+
+
+def _unquote(text: str) -> str:
+    return text[1:-1] if len(text) > 1 and text[0] == text[-1] == "'" else text

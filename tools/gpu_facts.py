@@ -1,0 +1,103 @@
+"""What tools/gpu_check.sh asks: versions and optional libraries, the model that fits, the last throughput."""
+
+import importlib
+import importlib.metadata
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from tide_mega.config.errors import ConfigError
+from tide_mega.config.hydra_door import compose, parse_tool_cli
+from tide_mega.config.sizes import bytes_per_device
+
+CANDIDATES = ("tide_8e_3b", "tide_8e_1b", "tide_8e_750m", "tide_8e_350m")
+WORKING_SHARE = 0.8
+"""Share of the device's memory for weights, gradients and optimizer state; the rest is for activations."""
+OPTIONAL = ("apex", "flash_attn", "transformer_engine")
+
+
+@dataclass
+class Options:
+    """What to print; without arguments, versions and libraries."""
+
+    fits: bool = False
+    """Name the largest paper experiment whose state fits this GPU."""
+    metrics: str | None = None
+    """A run's metrics.jsonl: print its last loss, tokens/s and MFU."""
+
+
+def versions() -> list[str]:
+    """Versions of torch, triton and the engines, and which optional libraries import."""
+    lines = []
+    for name in ("torch", "triton", "megatron-core", "deepspeed"):
+        try:
+            lines.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            lines.append(f"{name} not installed")
+    return lines + [_describe_optional(name) for name in OPTIONAL]
+
+
+def _describe_optional(name: str) -> str:
+    try:
+        module = importlib.import_module(name)
+    except ImportError as error:
+        return f"{name}: not importable ({error})"
+    except Exception as error:  # a library built for another CUDA fails in its own ways
+        return f"{name}: installed but broken ({type(error).__name__}: {error})"
+    return f"{name}: found, version {getattr(module, '__version__', 'unknown')}"
+
+
+def largest_fitting(memory_bytes: int) -> str:
+    """The first of `CANDIDATES` whose weights, gradients and optimizer state leave room for activations.
+
+    Raises:
+        ConfigError: none fits.
+    """
+    for name in CANDIDATES:
+        config = compose([f"experiment={name}"], validate=False)
+        if bytes_per_device(config, world_size=1) <= WORKING_SHARE * memory_bytes:
+            return name
+    raise ConfigError(
+        f"No paper model fits {memory_bytes / 1e9:.1f} GB; the smallest, {CANDIDATES[-1]}, needs "
+        f"{bytes_per_device(config, 1) / 1e9 / WORKING_SHARE:.1f} GB."
+    )
+
+
+def last_throughput(path: Path) -> str:
+    """Step, loss, tokens/s and MFU of the last line that has them.
+
+    Raises:
+        ConfigError: the file is missing or has no such line.
+    """
+    if not path.is_file():
+        raise ConfigError(f"{path} does not exist: the training wrote no metrics.")
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    measured = [record for record in records if record.get("tokens_per_second") is not None]
+    if not measured:
+        raise ConfigError(f"{path} has no line with tokens_per_second: train for more steps.")
+    last = measured[-1]
+    mfu = "unknown" if last.get("mfu") is None else f"{100 * last['mfu']:.1f} %"
+    return (
+        f"step {last['step']}: loss {last['loss']:.4f}, {last['tokens_per_second']:,.0f} tokens/s, MFU {mfu}"
+    )
+
+
+def main() -> None:
+    """Print what was asked for."""
+    options = parse_tool_cli(Options, doc=__doc__ or "")
+    try:
+        if options.fits:
+            import torch
+
+            print(largest_fitting(torch.cuda.get_device_properties(0).total_memory))
+        elif options.metrics is not None:
+            print(last_throughput(Path(options.metrics)))
+        else:
+            print("\n".join(versions()))
+    except ConfigError as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()
