@@ -1,0 +1,1 @@
+"""From text to batches: tokenised shards, frequency deciles and the loader."""

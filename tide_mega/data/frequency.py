@@ -1,0 +1,122 @@
+"""Frequency deciles of the training corpus (SPEC section 3; the paper's Appendix B).
+
+b(v) = min(floor(rank(v) / |V_clean| * 10), 9), where rank counts from 0 in ascending order of the count
+over the clean types that occur. Shapes: V is the vocabulary.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tide_mega.data.atomic import atomic_writer, write_json
+from tide_mega.data.errors import DataError
+from tide_mega.data.tokenizer import Tokenizer
+
+NUM_BINS = 10
+DROPPED = -1
+UNSEEN = -2
+BIN_GROUPS: dict[str, range] = {"rare": range(3), "mid": range(3, 7), "common": range(7, 10)}
+
+
+@dataclass(frozen=True)
+class DecileTable:
+    """The bin of every token type."""
+
+    bin_of_type: NDArray[np.int8]
+    """[V]: 0 (rarest) to 9; `DROPPED` for special, whitespace and punctuation tokens; `UNSEEN` for types
+    that do not occur, of whatever kind."""
+    count_ranges: list[tuple[int, int] | None]
+    """Smallest and largest count in each bin; None for a bin without a type."""
+    types_per_bin: list[int]
+    tokens_per_bin: list[int]
+    dropped_types: int
+    dropped_tokens: int
+    unseen_types: int
+
+    @classmethod
+    def from_counts(cls, counts: NDArray[np.integer], tokenizer: Tokenizer) -> "DecileTable":
+        """Bins the types of a corpus.
+
+        Args:
+            counts: [V] occurrences of each token in the training corpus.
+            tokenizer: says which tokens are special and what they spell.
+
+        Raises:
+            DataError: `counts` is not of length V.
+        """
+        if counts.shape != (tokenizer.vocab_size,):
+            raise DataError(
+                f"token counts have shape {counts.shape}, not ({tokenizer.vocab_size},) as the tokenizer's; "
+                "they belong to another tokenizer"
+            )
+        return cls.from_filter(
+            counts, lambda v: v not in tokenizer.special_ids and is_content(tokenizer.token_bytes(v))
+        )
+
+    @classmethod
+    def from_filter(cls, counts: NDArray[np.integer], is_clean: Callable[[int], bool]) -> "DecileTable":
+        """Bins the types of `counts` [V] that occur and for which `is_clean(id)` holds."""
+        counts = counts.astype(np.int64)
+        seen = np.flatnonzero(counts)
+        clean = np.array([v for v in seen.tolist() if is_clean(v)], dtype=np.int64)
+        # Stable: types of equal count keep the order of their ids.
+        ranked = clean[np.argsort(counts[clean], kind="stable")]
+        bins = np.minimum(np.arange(len(ranked)) * NUM_BINS // max(len(ranked), 1), NUM_BINS - 1)
+        bin_of_type = np.full(len(counts), UNSEEN, np.int8)
+        bin_of_type[seen] = DROPPED
+        bin_of_type[ranked] = bins
+        members = [counts[ranked[bins == b]] for b in range(NUM_BINS)]
+        dropped = bin_of_type == DROPPED
+        return cls(
+            bin_of_type=bin_of_type,
+            count_ranges=[(int(of_bin[0]), int(of_bin[-1])) if len(of_bin) else None for of_bin in members],
+            types_per_bin=[len(of_bin) for of_bin in members],
+            tokens_per_bin=[int(of_bin.sum()) for of_bin in members],
+            dropped_types=int(dropped.sum()),
+            dropped_tokens=int(counts[dropped].sum()),
+            unseen_types=int((bin_of_type == UNSEEN).sum()),
+        )
+
+    def save(self, folder: Path | str) -> None:
+        """Writes `deciles.npy` (the bins) and `deciles.json` (the rest) in `folder`."""
+        folder = Path(folder)
+        with atomic_writer(folder / "deciles.npy") as file:
+            np.save(file, self.bin_of_type, allow_pickle=False)
+        summary = {name: value for name, value in self.__dict__.items() if name != "bin_of_type"}
+        write_json(folder / "deciles.json", summary)
+
+    @classmethod
+    def load(cls, folder: Path | str) -> "DecileTable":
+        """Reads what `save` wrote.
+
+        Raises:
+            DataError: a file is absent or damaged.
+        """
+        folder = Path(folder)
+        try:
+            bin_of_type = np.load(folder / "deciles.npy", allow_pickle=False)
+            summary = json.loads((folder / "deciles.json").read_text(encoding="utf-8"))
+            summary["count_ranges"] = [
+                None if bounds is None else (bounds[0], bounds[1]) for bounds in summary["count_ranges"]
+            ]
+            return cls(bin_of_type=bin_of_type, **summary)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f"{folder} has no readable decile table ({error}); run tools/prepare_data.py again"
+            ) from error
+
+
+def is_content(token: bytes) -> bool:
+    """Whether a token counts as a word or a part of one: it has an alphanumeric character.
+
+    Bytes that are no whole characters are parts of a character, neither whitespace nor punctuation by
+    themselves, and count as content.
+    """
+    try:
+        return any(character.isalnum() for character in token.decode("utf-8"))
+    except UnicodeDecodeError:
+        return True

@@ -1,0 +1,221 @@
+"""Batches of training and validation sequences.
+
+Shapes: B is the micro batch, T the sequence length. Training samples are numbered 0, 1, 2, … without end;
+sample s is window perm(epoch)(s mod n) of the stream's n windows in epoch s // n. A loader's whole state
+is the number of samples consumed, so a resumed run goes on exactly where it stopped, whatever the number
+of data-parallel ranks is then.
+"""
+
+import signal
+import threading
+from collections.abc import Iterator
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from tide_mega.config.errors import ConfigError
+from tide_mega.data.batch import IGNORE_LABEL, TokenBatch
+from tide_mega.data.errors import DataError
+from tide_mega.data.permutation import Permutation
+from tide_mega.data.stream import TokenStream
+
+_FEEDER = "QueueFeederThread"
+_JOIN_SECONDS = 5.0
+
+
+class TrainBatches(Iterator[TokenBatch]):
+    """The endless micro batches of one rank; `close` ends its loader processes."""
+
+    def __init__(self, dataset: "_TrainDataset", sampler: "_MicroBatchSampler", num_workers: int) -> None:
+        loader: DataLoader[TokenBatch] = DataLoader(
+            dataset,
+            batch_size=None,  # the sampler's items are whole micro batches
+            sampler=sampler,
+            num_workers=num_workers,
+            prefetch_factor=4 if num_workers else None,
+            worker_init_fn=_ignore_signals if num_workers else None,
+            generator=torch.Generator(),  # its own: opening a loader draws a number, which a resume repeats
+        )
+        before = set(threading.enumerate())
+        self._batches: Iterator[TokenBatch] | None = iter(loader)
+        # The queues to the loader's processes each have a thread, and no way to wait for its end.
+        self._feeders = [
+            thread for thread in threading.enumerate() if thread not in before and thread.name == _FEEDER
+        ]
+
+    def __next__(self) -> TokenBatch:
+        """The next micro batch.
+
+        Raises:
+            StopIteration: `close` was called.
+        """
+        if self._batches is None:
+            raise StopIteration
+        return next(self._batches)
+
+    def close(self) -> None:
+        """Ends the loader's processes and their queues; nothing is left running."""
+        batches, self._batches = self._batches, None
+        shut_down = getattr(batches, "_shutdown_workers", None)
+        if shut_down is not None:
+            shut_down()
+        for thread in self._feeders:
+            thread.join(_JOIN_SECONDS)
+        self._feeders = []
+
+    def __enter__(self) -> "TrainBatches":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def train_batches(
+    stream: TokenStream,
+    *,
+    seed: int,
+    first_sample: int,
+    global_batch_size: int,
+    micro_batch_size: int,
+    dp_rank: int,
+    dp_size: int,
+    num_workers: int,
+) -> TrainBatches:
+    """The training micro batches of rank `dp_rank`, without end.
+
+    Optimizer step t takes the samples first_sample + [t G, (t + 1) G), whatever `dp_size` is; rank r takes
+    the r-th contiguous part of them, G / dp_size / micro_batch_size micro batches.
+
+    Args:
+        stream: the training split.
+        seed: chooses the order of the windows, a new one each epoch.
+        first_sample: samples consumed so far, over all ranks.
+        global_batch_size: G, sequences in an optimizer step over all ranks.
+        micro_batch_size: B.
+        dp_rank: this data-parallel rank.
+        dp_size: data-parallel ranks.
+        num_workers: loader processes; 0 reads in this one.
+
+    Raises:
+        ConfigError: G is no multiple of B times `dp_size`, or a number is out of range.
+        DataError: the stream is shorter than one window.
+    """
+    _check_rank(dp_rank, dp_size, micro_batch_size)
+    if global_batch_size < 1 or global_batch_size % (micro_batch_size * dp_size):
+        raise ConfigError(
+            f"trainer.global_batch_size={global_batch_size} is no multiple of micro_batch_size "
+            f"{micro_batch_size} x {dp_size} data-parallel ranks"
+        )
+    if first_sample < 0:
+        raise ConfigError(f"first_sample={first_sample} must not be negative")
+    if len(stream) < 1:
+        raise DataError(
+            f"the {stream.split} split holds {stream.num_tokens:,} tokens, fewer than one sequence of "
+            f"data.seq_length={stream.seq_length} and its last label; prepare more text or lower seq_length"
+        )
+    sampler = _MicroBatchSampler(first_sample, global_batch_size, micro_batch_size, dp_rank, dp_size)
+    return TrainBatches(_TrainDataset(stream, seed), sampler, num_workers)
+
+
+def validation_batches(
+    stream: TokenStream, *, seed: int, sequences: int, micro_batch_size: int, dp_rank: int, dp_size: int
+) -> Iterator[TokenBatch]:
+    """The validation micro batches of rank `dp_rank`: the same windows in every evaluation.
+
+    Every rank gets the same number of full micro batches; rows and tails without a token to predict are
+    padded with EOS and `IGNORE_LABEL`. Over all ranks each window comes exactly once.
+
+    Args:
+        stream: the held-out split; its last, shorter window takes part.
+        seed: chooses which windows come first.
+        sequences: how many windows, over all ranks; 0 means all.
+        micro_batch_size: B.
+        dp_rank: this data-parallel rank.
+        dp_size: data-parallel ranks.
+
+    Raises:
+        ConfigError: a number is out of range.
+    """
+    _check_rank(dp_rank, dp_size, micro_batch_size)
+    if sequences < 0:
+        raise ConfigError(f"trainer.eval_sequences={sequences} must be 0 (all) or positive")
+    return _validation_batches(stream, seed, sequences, micro_batch_size, dp_rank, dp_size)
+
+
+def _validation_batches(
+    stream: TokenStream, seed: int, sequences: int, micro_batch_size: int, dp_rank: int, dp_size: int
+) -> Iterator[TokenBatch]:
+    available = -(-(stream.num_tokens - 1) // stream.seq_length)
+    count = min(sequences, available) if sequences else available
+    order = Permutation(available, seed, epoch=0)
+    rows = dp_size * micro_batch_size
+    for step in range(-(-count // rows)):
+        first = step * rows + dp_rank * micro_batch_size
+        chosen = order(np.arange(first, max(first, min(first + micro_batch_size, count))))
+        yield _batch(stream, chosen, micro_batch_size)
+
+
+def _batch(stream: TokenStream, windows: np.ndarray, rows: int) -> TokenBatch:
+    tokens_BT = torch.full((rows, stream.seq_length), stream.eos_id, dtype=torch.int64)
+    labels_BT = torch.full((rows, stream.seq_length), IGNORE_LABEL, dtype=torch.int64)
+    for row, i in enumerate(windows.tolist()):
+        window = torch.from_numpy(stream.window(i))
+        tokens_BT[row, : len(window) - 1] = window[:-1]
+        labels_BT[row, : len(window) - 1] = window[1:]
+    return TokenBatch(tokens_BT, labels_BT)
+
+
+class _TrainDataset(Dataset[TokenBatch]):
+    """Maps an array of sample numbers to their batch."""
+
+    def __init__(self, stream: TokenStream, seed: int) -> None:
+        self._stream = stream
+        self._seed = seed
+
+    def __getitem__(self, samples: np.ndarray) -> TokenBatch:
+        n = len(self._stream)
+        windows = [
+            _permutation(n, self._seed, sample // n)(np.array([sample % n])).item()
+            for sample in samples.tolist()
+        ]
+        return _batch(self._stream, np.array(windows), len(windows))
+
+
+@lru_cache(maxsize=4)
+def _permutation(n: int, seed: int, epoch: int) -> Permutation:
+    return Permutation(n, seed, epoch)
+
+
+class _MicroBatchSampler(Sampler[np.ndarray]):
+    """Yields the sample numbers of each micro batch of a rank, without end."""
+
+    def __init__(
+        self, first_sample: int, global_batch: int, micro_batch: int, dp_rank: int, dp_size: int
+    ) -> None:
+        self._first_sample = first_sample
+        self._global_batch = global_batch
+        self._micro_batch = micro_batch
+        share = global_batch // dp_size
+        self._share = range(dp_rank * share, (dp_rank + 1) * share, micro_batch)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        step_start = self._first_sample
+        while True:
+            for offset in self._share:
+                yield np.arange(step_start + offset, step_start + offset + self._micro_batch)
+            step_start += self._global_batch
+
+
+def _ignore_signals(_: int) -> None:
+    """A job's signals concern the training process, which ends its loader processes itself."""
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _check_rank(dp_rank: int, dp_size: int, micro_batch_size: int) -> None:
+    if not 0 <= dp_rank < dp_size:
+        raise ConfigError(f"data-parallel rank {dp_rank} is not below the data-parallel size {dp_size}")
+    if micro_batch_size < 1:
+        raise ConfigError(f"trainer.micro_batch_size={micro_batch_size} must be at least 1")

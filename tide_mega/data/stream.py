@@ -1,0 +1,182 @@
+"""Reading a prepared split as one long row of tokens.
+
+The shards are memory-mapped; windows of T + 1 tokens may span samples and shards. Shapes: T is the
+sequence length.
+"""
+
+import logging
+from bisect import bisect_right
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tide_mega.config.errors import ConfigError
+from tide_mega.data.atomic import fingerprint_of, sha256_of
+from tide_mega.data.errors import DataError
+from tide_mega.data.index import DatasetIndex, ShardRecord
+
+_OPEN_SHARDS = 256
+"""Shards mapped at a time."""
+
+
+class TokenStream:
+    """The tokens of a split, in the order of its shards; `window(i)` reads T + 1 of them."""
+
+    def __init__(
+        self, folder: Path, index: DatasetIndex, split: str, shards: list[ShardRecord], seq_length: int
+    ) -> None:
+        """Reads `shards` of `folder`, which are taken to be sound; `open` is the way in."""
+        self.split = split
+        self.seq_length = seq_length
+        self.eos_id = index.tokenizer.eos_id
+        self.vocab_size = index.tokenizer.vocab_size
+        self._folder = folder
+        self._dtype = np.dtype(index.dtype).newbyteorder("<")
+        self._files = [shard.file for shard in shards]
+        samples = [(i, offset, n) for i, shard in enumerate(shards) for offset, n in shard.samples]
+        self._shard_of_sample = np.array([i for i, _, _ in samples], np.int32)
+        self._offset_of_sample = np.array([offset for _, offset, _ in samples], np.int64)
+        # Position in the stream of each sample's first token, and the stream's end.
+        self._starts = np.concatenate([[0], np.cumsum([n for _, _, n in samples], dtype=np.int64)])
+        self._maps: OrderedDict[int, NDArray[np.uint8]] = OrderedDict()
+        self.fingerprint = fingerprint_of(
+            [index.tokenizer.fingerprint, split, seq_length, [shard.sha256 for shard in shards]]
+        )
+        """What is read, shards that were skipped left out: equal fingerprints give equal windows."""
+
+    @classmethod
+    def open(
+        cls,
+        path: Path | str,
+        split: str,
+        seq_length: int,
+        verify: str = "size",
+        on_bad_shard: str = "fail",
+        logger: logging.Logger | None = None,
+    ) -> "TokenStream":
+        """Opens a split of the dataset in the folder `path`.
+
+        Args:
+            path: what `tools/prepare_data.py` wrote.
+            split: train or validation.
+            seq_length: T.
+            verify: how each shard is checked first: size, or checksum (reads all of it).
+            on_bad_shard: fail, or skip: leave a bad shard out, with a warning that names it.
+            logger: receives the warnings.
+
+        Raises:
+            ConfigError: an argument has an unknown value.
+            DataError: the folder is no prepared dataset, a shard is bad, or the split holds no two tokens.
+        """
+        for name, value, allowed in (
+            ("verify", verify, ("size", "checksum")),
+            ("on_bad_shard", on_bad_shard, ("fail", "skip")),
+        ):
+            if value not in allowed:
+                raise ConfigError(f"data.{name}={value} is unknown; use {' or '.join(allowed)}")
+        if seq_length < 1:
+            raise ConfigError(f"data.seq_length={seq_length} must be at least 1")
+        folder = Path(path)
+        index = DatasetIndex.load(folder)
+        if split not in index.splits:
+            raise DataError(f"{folder} has no split {split!r}; it has {', '.join(index.splits)}")
+        logger = logger or logging.getLogger(__name__)
+        sound: list[ShardRecord] = []
+        for shard in index.splits[split].shards:
+            problem = check_shard(folder, shard, verify)
+            if problem is None:
+                sound.append(shard)
+            elif on_bad_shard == "skip":
+                logger.warning(
+                    "shard %s %s: skipped, %s tokens left out",
+                    folder / shard.file,
+                    problem,
+                    f"{shard.tokens:,}",
+                )
+            else:
+                raise DataError(
+                    f"shard {folder / shard.file} {problem}; copy it again or prepare the data again, or "
+                    "pass data.on_bad_shard=skip to go on without it"
+                )
+        stream = cls(folder, index, split, sound, seq_length)
+        if stream.num_tokens < 2:
+            raise DataError(
+                f"the {split} split of {folder} holds {stream.num_tokens} readable tokens, and one "
+                "prediction needs two; prepare more text"
+                + (" or a larger validation_fraction" if split == "validation" else "")
+            )
+        return stream
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in the stream."""
+        return int(self._starts[-1])
+
+    def __len__(self) -> int:
+        """Whole windows: window i holds the tokens i T … (i + 1) T, so neighbours share one token."""
+        return (self.num_tokens - 1) // self.seq_length
+
+    def window(self, i: int) -> NDArray[np.int64]:
+        """Tokens of window `i`, [T + 1]; the last, at i = len(self), may be shorter.
+
+        Raises:
+            IndexError: there is no token to predict in window `i`.
+        """
+        start = i * self.seq_length
+        if not 0 <= start < self.num_tokens - 1:
+            raise IndexError(f"window {i} of a stream of {len(self)}")
+        return self.tokens(start, min(start + self.seq_length + 1, self.num_tokens))
+
+    def tokens(self, start: int, stop: int) -> NDArray[np.int64]:
+        """Tokens at the positions start … stop - 1 of the stream, [stop - start]."""
+        out = np.empty(stop - start, np.int64)
+        sample = bisect_right(self._starts, start) - 1
+        filled = 0
+        while filled < len(out):
+            inside = start + filled - int(self._starts[sample])
+            count = min(len(out) - filled, int(self._starts[sample + 1]) - start - filled)
+            first = int(self._offset_of_sample[sample]) + inside * self._dtype.itemsize
+            raw = self._map(int(self._shard_of_sample[sample]))[first : first + count * self._dtype.itemsize]
+            out[filled : filled + count] = raw.view(self._dtype)
+            filled += count
+            sample += 1
+        return out
+
+    def _map(self, shard: int) -> NDArray[np.uint8]:
+        if shard in self._maps:
+            self._maps.move_to_end(shard)
+            return self._maps[shard]
+        if len(self._maps) == _OPEN_SHARDS:
+            self._maps.popitem(last=False)
+        self._maps[shard] = np.memmap(self._folder / self._files[shard], np.uint8, mode="r")
+        return self._maps[shard]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the maps: another process maps the files itself."""
+        return {**self.__dict__, "_maps": OrderedDict()}
+
+
+def check_shard(folder: Path, shard: ShardRecord, verify: str) -> str | None:
+    """What is wrong with a shard, as the end of a sentence, or None.
+
+    Args:
+        folder: where the dataset lies.
+        shard: what the index says of it.
+        verify: size, or checksum.
+    """
+    path = folder / shard.file
+    try:
+        size = path.stat().st_size
+        if size != shard.bytes:
+            kind = "truncated" if size < shard.bytes else "altered"
+            return f"is {kind}: it has {size:,} bytes, and the index says {shard.bytes:,}"
+        if verify == "checksum" and sha256_of(path) != shard.sha256:
+            return "is altered: its SHA-256 is not the one in the index"
+    except FileNotFoundError:
+        return "is missing"
+    except OSError as error:
+        return f"cannot be read ({error.strerror or error})"
+    return None
