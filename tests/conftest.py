@@ -1,10 +1,12 @@
 """Fixtures shared by the whole suite."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.support.pool import WorkerPool
+from tests.support.runs import make_dataset
 
 
 @pytest.fixture(scope="session")
@@ -18,3 +20,9 @@ def pools() -> Iterator[Callable[[int], WorkerPool]]:
     yield of_size
     for pool in started.values():
         pool.close()
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a prepared dataset small enough for trainings of seconds."""
+    return make_dataset(tmp_path_factory.mktemp("tiny"))

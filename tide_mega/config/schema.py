@@ -71,7 +71,7 @@ class OptimConfig:
     min_lr: float = 1e-5
     warmup_steps: int = 10_000
     decay_steps: int | None = None
-    """Step at which the cosine reaches `min_lr`; null means the last step of training."""
+    """Step at which the cosine reaches `min_lr`; null means the number of training steps."""
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8

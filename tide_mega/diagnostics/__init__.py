@@ -1,0 +1,1 @@
+"""Diagnostics: the paper's figures and tables, from runs and checkpoints."""

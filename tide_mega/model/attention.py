@@ -27,7 +27,9 @@ class CausalCoreAttention(nn.Module):
     ) -> None:
         super().__init__()
         if attn_mask_type != AttnMaskType.causal or attention_type != "self":
-            raise ValueError(f"CausalCoreAttention cannot do {attention_type} attention with {attn_mask_type}")
+            raise ValueError(
+                f"CausalCoreAttention cannot do {attention_type} attention with {attn_mask_type}"
+            )
         self.flash = importlib.import_module("flash_attn") if detect_libraries()["flash-attn"] else None
 
     def forward(

@@ -49,18 +49,22 @@ class TideLayer(TransformerLayer):
             return self._forward_mlp(hidden_SBD)
         normed_SBD = self._forward_pre_mlp_layernorm(hidden_SBD)
         output_SBD, _ = self._mlp(normed_SBD)
-        return self._forward_post_mlp((output_SBD + self._injection(normed_SBD, index_SB), None), hidden_SBD)
+        injected_SBD = self._injection(normed_SBD, self.router_JD, index_SB)
+        return self._forward_post_mlp((output_SBD + injected_SBD, None), hidden_SBD)
 
     def _mlp(self, normed_SBD: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.recompute_mlp and self.training:
             return checkpoint(self.mlp, False, normed_SBD)
         return self.mlp(normed_SBD)
 
-    def _injection(self, normed_SBD: Tensor, index_SB: Tensor | None) -> Tensor:
+    def _injection(self, normed_SBD: Tensor, router_JD: Tensor, index_SB: Tensor | None) -> Tensor:
         rows_UKD = self.board.rows_UKD
         if rows_UKD is None or index_SB is None:
             raise RuntimeError("the memory was not read for this step: call TideModel.read_memory first")
-        injected_ND, null_N = mix_by_index(normed_SBD.flatten(0, 1), self.router_JD, rows_UKD, index_SB.flatten())
-        if self.board.null_weight_L is not None:
-            self.board.null_weight_L[self.layer_number - 1] = null_N.view_as(index_SB)
+        injected_ND, null_N = mix_by_index(
+            normed_SBD.flatten(0, 1), self.router_JD, rows_UKD, index_SB.flatten()
+        )
+        # Under full recompute the first pass runs without a graph, and this line is met again in the second.
+        if torch.is_grad_enabled() or not self.training:
+            self.board.record_null_weights(self.layer_number - 1, null_N.view_as(index_SB))
         return injected_ND.view_as(normed_SBD)

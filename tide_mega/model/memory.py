@@ -46,8 +46,13 @@ class MemoryBoard:
     """
 
     rows_UKD: Tensor | None = None
-    null_weight_L: dict[int, Tensor] | None = None
-    """When a dictionary, each layer leaves here its null-bank weights [S, B], by layer index from 0."""
+    null_weights_L: dict[int, list[Tensor]] | None = None
+    """When a dictionary, each layer adds its null-bank weights [S, B] of each microbatch, by index from 0."""
+
+    def record_null_weights(self, layer: int, null_SB: Tensor) -> None:
+        """Keep a layer's null-bank weights, if someone asked for them."""
+        if self.null_weights_L is not None:
+            self.null_weights_L.setdefault(layer, []).append(null_SB)
 
 
 class MemoryStep:

@@ -56,7 +56,9 @@ class EmbeddingMemory(nn.Module):
     def __init__(self, shape: ReferenceShape) -> None:
         super().__init__()
         self.tables_KVD = nn.Parameter(torch.empty(shape.num_blocks, shape.vocab_size, shape.hidden_size))
-        self.norms = nn.ModuleList(RMSNorm(shape.hidden_size, shape.norm_eps) for _ in range(shape.num_blocks))
+        self.norms = nn.ModuleList(
+            RMSNorm(shape.hidden_size, shape.norm_eps) for _ in range(shape.num_blocks)
+        )
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         """Return M [B, T, K, D], computed once and shared by all layers."""

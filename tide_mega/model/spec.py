@@ -1,5 +1,7 @@
 """From this project's configuration to megatron-core's: TransformerConfig and the layer's ModuleSpec."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -19,7 +21,7 @@ from tide_mega.model.memory import MemoryBoard
 from tide_mega.model.norm import RMSNorm
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-RECOMPUTE = {
+RECOMPUTE: dict[str, dict[str, Any]] = {
     "none": {},
     "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]},
     "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},

@@ -31,7 +31,9 @@ class _PickTargets(torch.autograd.Function):
         local_N, elsewhere_N = ctx.saved_tensors
         rows_N = torch.arange(local_N.numel(), device=local_N.device)
         grad_TBW = grad_TBW.contiguous()
-        grad_TBW.flatten(0, 1)[rows_N, local_N] += grad_picked_N.masked_fill(elsewhere_N, 0.0).to(grad_TBW.dtype)
+        grad_TBW.flatten(0, 1)[rows_N, local_N] += grad_picked_N.masked_fill(elsewhere_N, 0.0).to(
+            grad_TBW.dtype
+        )
         return grad_TBW, None, None
 
 

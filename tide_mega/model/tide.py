@@ -10,8 +10,7 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from tide_mega.config.schema import TideConfig
-from tide_mega.memory.plan import MemoryPlan
-from tide_mega.model.memory import EmbeddingMemory, MemoryBoard, MemoryStep
+from tide_mega.model.memory import EmbeddingMemory, MemoryBoard
 from tide_mega.model.spec import block_spec, transformer_config
 from tide_mega.model.targets import pick_targets
 from tide_mega.parallel.groups import ParallelGroups
@@ -26,9 +25,7 @@ class TideModel(GPTModel):
     """
 
     def __init__(self, config: TideConfig, groups: ParallelGroups, device: torch.device) -> None:
-        megatron_config = transformer_config(
-            config.model, config.parallel, config.trainer.precision, device
-        )
+        megatron_config = transformer_config(config.model, config.parallel, config.trainer.precision, device)
         board = MemoryBoard()
         super().__init__(
             config=megatron_config,
@@ -92,9 +89,12 @@ class TideModel(GPTModel):
         return torch.stack((cross_entropy_TB, cross_entropy_TB + targets_TB)).transpose(1, 2)
 
     def null_weights(self) -> Tensor:
-        """Return the null-bank weights the layers left on the board [L, B, T], the whole sequence."""
-        recorded = self.board.null_weight_L or {}
-        slice_LSB = torch.stack([recorded[layer] for layer in sorted(recorded)])
+        """Return the null-bank weights the layers left on the board [L, B, T]: whole sequences.
+
+        B counts the sequences of all microbatches since the board began to record.
+        """
+        recorded = self.board.null_weights_L or {}
+        slice_LSB = torch.stack([torch.cat(recorded[layer], dim=1) for layer in sorted(recorded)])
         if self.config.sequence_parallel:
             whole_SLB = tensor_parallel.gather_from_sequence_parallel_region(
                 slice_LSB.transpose(0, 1).contiguous(), group=self.groups.tensor

@@ -40,7 +40,9 @@ class Shard:
         return self.rank * each, (self.rank + 1) * each
 
 
-def local_tensors(model: TideModel, config: ModelConfig, fetch: Fetch) -> Iterator[tuple[nn.Parameter, Tensor]]:
+def local_tensors(
+    model: TideModel, config: ModelConfig, fetch: Fetch
+) -> Iterator[tuple[nn.Parameter, Tensor]]:
     """Pair every parameter of this process with its values, cut from the canonical tensors."""
     tensor = Shard(model.groups.tensor_rank, model.groups.tensor_size)
     D, V = config.hidden_size, config.vocab_size
@@ -80,7 +82,10 @@ def _layer_tensors(
         pieces.append(fetch(f"{name}.attention.value.weight", group * C, (group + 1) * C))
     yield layer.self_attention.linear_qkv.weight, torch.cat(pieces)
     first, last = tensor.slice(D)
-    yield layer.self_attention.linear_proj.weight, fetch(f"{name}.attention.output.weight", 0, D)[:, first:last]
+    yield (
+        layer.self_attention.linear_proj.weight,
+        fetch(f"{name}.attention.output.weight", 0, D)[:, first:last],
+    )
     yield layer.pre_mlp_layernorm.weight, fetch(f"{name}.ffn_norm.weight", 0, D)
     first, last = tensor.slice(ffn)
     gate_and_up = [fetch(f"{name}.ffn.{part}.weight", first, last) for part in ("gate", "up")]

@@ -2,14 +2,18 @@
 
 import contextlib
 import importlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 from torch import nn
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns at import that it had to guess
+import deepspeed
 
 from tide_mega.config.schema import OptimConfig
 from tide_mega.parallel.device import Device, detect_libraries
@@ -101,11 +105,16 @@ class Engine:
                 return float(norm)
         return 0.0
 
-    def step(self, lr: float) -> None:
-        """Clip, update with learning rate `lr` times each group's multiplier, and clear gradients."""
+    def step(self, lr: float) -> bool:
+        """Clip, update with learning rate `lr` times each group's multiplier, and clear gradients.
+
+        Returns:
+            Whether the update was made: a gradient that is not finite leaves every rank's weights as they are.
+        """
         for group, settings in zip(self._engine.optimizer.param_groups, self.parameter_groups, strict=True):
             group["lr"] = lr * settings.lr_multiplier
         self._engine.step()
+        return self._engine.was_step_applied()
 
     def grad_norm(self) -> float:
         """Global norm before clipping of the step just made, over all parameters, each counted once."""
@@ -140,7 +149,8 @@ def optimizer_name(device: Device) -> str:
 
 def _adamw(groups: list[ParameterGroup], optim: OptimConfig, device: Device) -> torch.optim.Optimizer:
     settings = [
-        {"params": group.parameters, "weight_decay": group.weight_decay, "name": group.name} for group in groups
+        {"params": group.parameters, "weight_decay": group.weight_decay, "name": group.name}
+        for group in groups
     ]
     common: dict[str, Any] = {"lr": optim.lr, "betas": (optim.beta1, optim.beta2), "eps": optim.eps}
     if device.is_cuda and detect_libraries()["apex"]:
@@ -154,7 +164,8 @@ def _deepspeed_config(options: EngineOptions, data_size: int) -> dict[str, Any]:
         "gradient_accumulation_steps": 1,
         "train_batch_size": options.micro_batch_size * data_size,
         "gradient_clipping": options.clip_grad,
-        "bf16": {"enabled": options.precision == "bf16"},
+        # Without the check DeepSpeed clips by a norm of -1 where the gradient is not finite.
+        "bf16": {"enabled": options.precision == "bf16", "check_grad_overflow": True},
         # With fp32 here DeepSpeed 0.19 turns bf16 at stage 1 into another optimizer, without `accumulate`'s one
         # reduction a step; GradientAccumulator keeps the microbatches' sum in fp32 instead.
         "data_types": {"grad_accum_dtype": options.precision},
@@ -162,5 +173,3 @@ def _deepspeed_config(options: EngineOptions, data_size: int) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**31,
     }
-
-

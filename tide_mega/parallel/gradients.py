@@ -49,7 +49,7 @@ class GradientAccumulator:
         optimizer adds the parts; DeepSpeed does not know them.
         """
         partial = [p for p in self._parameters if getattr(p, "sequence_parallel", False)]
-        held = [(p, self._sums[p] if p in self._sums else p.grad) for p in partial]
+        held = [(p, self._sums.get(p, p.grad)) for p in partial]
         gradients = [gradient for _, gradient in held if gradient is not None]
         if not gradients or self._tensor_group.size() == 1:
             return

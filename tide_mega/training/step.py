@@ -81,7 +81,7 @@ class EvaluatedBatch:
 def evaluate_batch(model: TideModel, batch: TokenBatch) -> EvaluatedBatch:
     """Run one microbatch forward, keeping every token's cross entropy and null-bank weights."""
     model.eval()
-    model.board.null_weight_L = {} if model.memory is not None else None
+    model.board.null_weights_L = {} if model.memory is not None else None
     microbatches, reading = _read_memory(model, [batch], model)
     (result,) = run_microbatches(
         partial(_forward_step, call=model, z_loss=0.0),
@@ -94,7 +94,7 @@ def evaluate_batch(model: TideModel, batch: TokenBatch) -> EvaluatedBatch:
     if reading is not None:
         null_weight_LBT = model.null_weights()
         reading.close()
-    model.board.null_weight_L = None
+    model.board.null_weights_L = None
     return EvaluatedBatch(batch.tokens_BT, batch.labels_BT, result["cross_entropy"], null_weight_LBT)
 
 

@@ -1,0 +1,67 @@
+"""Small real trainings: a prepared dataset and a configuration that trains on it in seconds."""
+
+from pathlib import Path
+
+from tide_mega.config.hydra_door import compose
+from tide_mega.config.schema import TideConfig
+from tide_mega.data.options import PrepareOptions
+from tide_mega.data.prepare import prepare
+from tide_mega.parallel.groups import World
+from tide_mega.training.trainer import Trainer
+
+TINY = [
+    "experiment=demo_tide",
+    "model.num_layers=2",
+    "model.hidden_size=32",
+    "model.ffn_hidden_size=64",
+    "model.num_attention_heads=4",
+    "model.num_query_groups=2",
+    "model.vocab_size=640",
+    "memory=k2",
+    "data.seq_length=32",
+    "data.num_workers=0",
+    "trainer.global_batch_size=8",
+    "trainer.micro_batch_size=2",
+    "trainer.max_steps=6",
+    "trainer.eval_every=3",
+    "trainer.eval_sequences=10",
+    "optim.warmup_steps=2",
+    "checkpoint.every=3",
+    "logging.every=2",
+    "cluster.threads=1",
+    "cluster.peak_tflops=1",
+]
+
+
+def make_dataset(folder: Path) -> Path:
+    """Prepare a few hundred documents of this package's own source lines."""
+    text = folder / "text"
+    text.mkdir(parents=True)
+    source = Path(__file__).parents[2] / "tide_mega"
+    for number, path in enumerate(sorted(source.rglob("*.py"))):
+        (text / f"{number:03d}.txt").write_text(path.read_text() or "empty\n")
+    options = PrepareOptions(
+        inputs=[str(text)],
+        out=str(folder / "data"),
+        tokenizer="bpe:600",
+        validation_fraction=0.2,
+        workers=1,
+    )
+    prepare(options, log=lambda _: None, progress=False)
+    return folder / "data"
+
+
+def tiny(data: Path, root: Path, *overrides: str, world_size: int = 1) -> TideConfig:
+    """Compose a tiny training; later overrides win."""
+    words = [*TINY, f"data.path={data}", f"run.root={root}", "run.name=tiny", *overrides]
+    return compose(words, world_size=world_size)
+
+
+def train_here(config: TideConfig) -> int:
+    """Train in a pool's worker, where torch.distributed is up; return the steps done."""
+    trainer = Trainer(config, World.from_environment())
+    try:
+        trainer.run()
+        return trainer.state.step
+    finally:
+        trainer.close()

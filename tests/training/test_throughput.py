@@ -1,0 +1,127 @@
+import pytest
+import torch
+
+from tide_mega.training.peak import describe_peak, measured_cpu_tflops, peak_tflops
+from tide_mega.training.throughput import Throughput
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def meter(clock: Clock, peak: float | None = 2e-9, **values: int) -> Throughput:
+    options = {"tokens_per_step": 50, "devices": 2, "total_steps": 20, **values}
+    return Throughput(flops_per_token=10.0, peak_tflops=peak, clock=clock, **options)  # type: ignore[arg-type]
+
+
+def test_speed_mfu_and_eta_of_a_window() -> None:
+    clock = Clock()
+    throughput = meter(clock)
+    throughput.start(step=4)
+    clock.now += 8
+    reading = throughput.read(step=8)
+    assert reading.tokens_per_second == 25.0
+    # 12.5 tokens/s a device at 10 FLOPs each, of 2000 FLOP/s.
+    assert reading.mfu == pytest.approx(125 / 2000)
+    assert reading.step_seconds == 2.0
+    assert reading.eta_seconds == 24.0
+
+
+def test_evaluation_and_checkpoints_do_not_count() -> None:
+    clock = Clock()
+    throughput = meter(clock)
+    throughput.start(0)
+    clock.now += 1
+    with throughput.paused():
+        clock.now += 1000
+    clock.now += 1
+    throughput.pause()
+    throughput.pause()
+    clock.now += 1000
+    reading = throughput.read(2)
+    clock.now += 1000
+    throughput.resume()
+    throughput.resume()
+    clock.now += 3
+    assert reading.step_seconds == 1.0
+    assert throughput.read(3).step_seconds == 3.0
+
+
+def test_the_clock_runs_again_after_a_failing_block() -> None:
+    clock = Clock()
+    throughput = meter(clock)
+    throughput.start(0)
+    with pytest.raises(RuntimeError), throughput.paused():
+        raise RuntimeError
+    clock.now += 5
+    assert throughput.read(1).step_seconds == 5.0
+
+
+def test_eta_follows_the_last_windows_only() -> None:
+    clock = Clock()
+    throughput = meter(clock, eta_windows=2, total_steps=100)
+    throughput.start(0)
+    for step, seconds in ((10, 1000.0), (20, 10.0), (30, 30.0)):
+        clock.now += seconds
+        reading = throughput.read(step)
+    assert reading.eta_seconds == 70 * 2.0
+    clock.now += 1
+    assert throughput.read(101).eta_seconds == 0.0
+
+
+def test_without_a_peak_there_is_no_mfu() -> None:
+    clock = Clock()
+    throughput = meter(clock, peak=None)
+    throughput.start(0)
+    clock.now += 1
+    assert throughput.read(1).mfu is None
+
+
+def test_misuse_is_named() -> None:
+    throughput = meter(Clock())
+    with pytest.raises(ValueError, match="not started"):
+        throughput.read(1)
+    throughput.start(3)
+    with pytest.raises(ValueError, match="no step since the last reading: 3 steps then, 3 now"):
+        throughput.read(3)
+
+
+@pytest.mark.parametrize(
+    ("name", "bf16"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312.0),
+        ("NVIDIA H100 80GB HBM3", 989.0),
+        ("NVIDIA H100 PCIe", 756.0),
+        ("NVIDIA H200", 989.0),
+        ("NVIDIA GH200 480GB", 989.0),
+        ("NVIDIA B200", 2250.0),
+        ("NVIDIA GB200", 2500.0),
+        ("NVIDIA GeForce GTX 1080", None),
+    ],
+)
+def test_peaks_of_known_devices(name: str, bf16: float | None) -> None:
+    assert peak_tflops(name, "bf16") == bf16
+    fp32 = peak_tflops(name, "fp32")
+    assert (fp32 is None) == (bf16 is None)
+    assert bf16 is None or fp32 is None or fp32 < bf16 / 8
+
+
+def test_peak_of_an_unknown_precision_is_refused() -> None:
+    with pytest.raises(ValueError, match="'fp16'"):
+        peak_tflops("NVIDIA H100", "fp16")
+
+
+def test_cpu_peak_is_measured_and_plausible() -> None:
+    tflops = measured_cpu_tflops(torch.float32, seconds=0.02, size=256)
+    assert 1e-4 < tflops < 100
+
+
+def test_the_log_says_where_the_peak_is_from() -> None:
+    assert "set cluster.peak_tflops" in describe_peak("GTX", None)
+    assert "measured" in describe_peak("cpu", 0.1)
+    assert "(cluster.peak_tflops)" in describe_peak("cpu", 0.1, configured=True)
+    assert "989 TFLOP/s" in describe_peak("NVIDIA H100", 989.0)

@@ -1,0 +1,202 @@
+"""Whole small trainings: what they log, how they resume, what they refuse."""
+
+import json
+import math
+
+import pytest
+
+from tests.support.runs import tiny, train_here
+from tide_mega.config.errors import ConfigError
+from tide_mega.training.jsonl import read_metrics
+from tide_mega.training.trainer import DivergedError
+
+
+def curve(folder):
+    """Everything logged but the clock's part."""
+    clock = {"tokens_per_second", "mfu", "step_seconds", "eta_seconds"}
+    return [{k: v for k, v in record.items() if k not in clock} for record in read_metrics(folder)]
+
+
+def train_in(pools, config, world=1):
+    return pools(world).run(train_here, config)
+
+
+def refusal(config):
+    try:
+        train_here(config)
+    except (ConfigError, DivergedError) as error:
+        return type(error).__name__, str(error)
+    return None
+
+
+@pytest.fixture(scope="module")
+def finished(pools, tiny_data, tmp_path_factory):
+    root = tmp_path_factory.mktemp("runs")
+    assert train_in(pools, tiny(tiny_data, root)) == [6]
+    return root / "tiny"
+
+
+def test_a_run_logs_every_metric(finished):
+    records = read_metrics(finished / "metrics.jsonl")
+    assert [(r["kind"], r["step"]) for r in records] == [
+        ("train", 2),
+        ("eval", 3),
+        ("train", 4),
+        ("train", 6),
+        ("eval", 6),
+    ]
+    train, evaluation = records[-2], records[-1]
+    assert train["tokens"] == evaluation["tokens"] == 6 * 8 * 32
+    assert 0 < train["loss"] < math.log(640) + 1
+    assert train["z_loss"] == pytest.approx(1e-6 * math.log(640) ** 2, rel=0.3)
+    assert 0 < train["grad_norm_tables"] < train["grad_norm"]
+    assert len(train["null_weight_by_layer"]) == 2
+    assert all(0 < weight < 1 for weight in train["null_weight_by_layer"])
+    assert train["mfu"] > 0
+    assert len(evaluation["null_weight_by_bin"]["mean"]) == 12
+    assert records[0]["loss"] > train["loss"]
+
+
+def test_deciles_add_up_to_the_whole(finished):
+    evaluation = read_metrics(finished / "metrics.jsonl")[-1]
+    counts, losses = evaluation["count_by_bin"], evaluation["loss_by_bin"]
+    assert sum(counts.values()) == 10 * 32
+    total = sum(counts[slot] * losses[slot] for slot in counts if counts[slot])
+    assert total / sum(counts.values()) == pytest.approx(evaluation["loss"], rel=1e-12)
+
+
+def test_the_run_folder_says_what_ran(finished):
+    assert "num_blocks: 2" in (finished / "config.yaml").read_text()
+    environment = json.loads((finished / "environment.json").read_text())
+    assert environment["world_size"] == 1
+    assert environment["packages"]["megatron-core"]
+
+
+@pytest.mark.parametrize("blocks", ["none", "k2"])
+def test_a_resumed_run_equals_an_uninterrupted_one_to_the_last_bit(pools, tiny_data, tmp_path, blocks):
+    # The checkpoint at step 3 lies between two log lines: their averages must survive too.
+    overrides = (f"memory={blocks}", "checkpoint.every=3")
+    train_in(pools, tiny(tiny_data, tmp_path / "whole", *overrides))
+    broken = tiny(tiny_data, tmp_path / "broken", *overrides)
+    assert pools(1).run(train_until, broken, 5) == [5]
+    assert train_in(pools, broken) == [6]
+    whole, resumed = (curve(tmp_path / name / "tiny" / "metrics.jsonl") for name in ("whole", "broken"))
+    assert resumed == whole
+    assert train_in(pools, broken) == [6]
+    assert curve(tmp_path / "broken" / "tiny" / "metrics.jsonl") == whole
+
+
+def train_until(config, step):
+    """Stop as a kill would, after `step` steps: nothing is saved or flushed for it."""
+    from tide_mega.parallel.groups import World
+    from tide_mega.training.trainer import Trainer
+
+    trainer = Trainer(config, World.from_environment())
+
+    class KilledError(Exception):
+        pass
+
+    step_engine = trainer.engine.step
+
+    def counted(lr):
+        if trainer.state.step == step:
+            raise KilledError
+        step_engine(lr)
+
+    trainer.engine.step = counted
+    try:
+        trainer.run()
+    except KilledError:
+        return trainer.state.step
+    finally:
+        trainer.close()
+    return None
+
+
+def test_two_replicas_resume_to_the_last_bit(pools, tiny_data, tmp_path):
+    overrides = ("checkpoint.every=3", "parallel.zero_stage=2")
+    whole = tiny(tiny_data, tmp_path / "whole", *overrides, world_size=2)
+    assert train_in(pools, whole, 2) == [6, 6]
+    broken = tiny(tiny_data, tmp_path / "broken", *overrides, world_size=2)
+    assert pools(2).run(train_until, broken, 4) == [4, 4]
+    assert train_in(pools, broken, 2) == [6, 6]
+    losses = [
+        [r["loss"] for r in read_metrics(tmp_path / name / "tiny" / "metrics.jsonl")]
+        for name in ("whole", "broken")
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-14)
+
+
+def test_data_and_tensor_parallel_runs_have_the_single_process_curve(pools, tiny_data, tmp_path, finished):
+    expected = curve(finished / "metrics.jsonl")
+    for name, overrides in {
+        "dp2": (),
+        "tp2": ("parallel=tp2", "parallel.sequence_parallel=true"),
+    }.items():
+        config = tiny(tiny_data, tmp_path / name, *overrides, world_size=2)
+        assert train_in(pools, config, 2) == [6, 6]
+        records = curve(tmp_path / name / "tiny" / "metrics.jsonl")
+        for record, wanted in zip(records, expected, strict=True):
+            assert record["loss"] == pytest.approx(wanted["loss"], rel=1e-5)
+            if record["kind"] == "train":
+                assert record["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-4)
+                assert record["grad_norm_tables"] == pytest.approx(wanted["grad_norm_tables"], rel=1e-4)
+                assert record["null_weight_by_layer"] == pytest.approx(
+                    wanted["null_weight_by_layer"], rel=1e-4
+                )
+            else:
+                assert record["count_by_bin"] == wanted["count_by_bin"]
+                for slot, loss in wanted["loss_by_bin"].items():
+                    assert record["loss_by_bin"][slot] == (loss and pytest.approx(loss, rel=1e-5))
+
+
+def test_another_topology_is_refused_by_name(pools, tiny_data, tmp_path, finished):
+    config = tiny(tiny_data, finished.parent, "trainer.max_steps=8", world_size=2)
+    for kind, message in pools(2).run(refusal, config):
+        assert kind == "ConfigError"
+        assert "data-parallel size=1 and this run has data-parallel size=2" in message
+
+
+def test_a_vocabulary_larger_than_the_model_is_refused(pools, tiny_data, tmp_path):
+    config = tiny(tiny_data, tmp_path, "model.vocab_size=512")
+    ((kind, message),) = pools(1).run(refusal, config)
+    assert kind == "ConfigError"
+    assert "model.vocab_size=512 is smaller than the vocabulary" in message
+    assert "600" in message
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_gradient_that_is_not_finite_stops_the_run_before_it_is_saved(
+    pools, tiny_data, tmp_path, precision
+):
+    config = tiny(tiny_data, tmp_path, "model.init_std=1e25", f"trainer.precision={precision}")
+    ((kind, message),) = pools(1).run(refusal, config)
+    assert kind == "DivergedError"
+    assert "not finite at step 1" in message
+    assert not list((tmp_path / "tiny").glob("checkpoints/step-*"))
+
+
+def test_starting_anew_keeps_the_old_checkpoints_aside(pools, tiny_data, tmp_path):
+    assert train_in(pools, tiny(tiny_data, tmp_path)) == [6]
+    anew = tiny(tiny_data, tmp_path, "checkpoint.resume=false", "trainer.max_steps=3")
+    assert train_in(pools, anew) == [3]
+    assert [p.name for p in sorted((tmp_path / "tiny" / "checkpoints").glob("step-*"))] == ["step-00000003"]
+    aside = tmp_path / "tiny" / "checkpoints.replaced-1"
+    assert [p.name for p in sorted(aside.glob("step-*"))] == ["step-00000003", "step-00000006"]
+    assert [r["step"] for r in read_metrics(tmp_path / "tiny" / "metrics.jsonl")] == [2, 3, 3]
+
+
+def test_an_unfinished_checkpoint_is_not_resumed_from(pools, tiny_data, tmp_path):
+    config = tiny(tiny_data, tmp_path)
+    assert pools(1).run(train_until, config, 5) == [5]
+    checkpoints = tmp_path / "tiny" / "checkpoints"
+    (checkpoints / "step-00000005.partial").mkdir()
+    assert train_in(pools, config) == [6]
+    assert [p.name for p in sorted(checkpoints.glob("step-*"))] == ["step-00000003", "step-00000006"]
+
+
+def test_only_the_newest_checkpoints_are_kept(pools, tiny_data, tmp_path):
+    config = tiny(tiny_data, tmp_path, "checkpoint.every=1", "checkpoint.keep_last=3")
+    assert train_in(pools, config) == [6]
+    names = [p.name for p in sorted((tmp_path / "tiny" / "checkpoints").glob("step-*"))]
+    assert names == [f"step-0000000{n}" for n in (4, 5, 6)]

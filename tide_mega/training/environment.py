@@ -1,0 +1,72 @@
+"""What a run ran on: versions, git state, device, optional libraries. Names no host and no path."""
+
+import importlib.metadata
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import tide_mega
+from tide_mega.parallel.device import detect_libraries
+
+_PACKAGES = (
+    "torch",
+    "megatron-core",
+    "deepspeed",
+    "hydra-core",
+    "webdataset",
+    "wandb",
+    "tokenizers",
+    "tiktoken",
+    "numpy",
+)
+
+
+def describe_environment(device: torch.device, world_size: int) -> dict[str, Any]:
+    """The content of environment.json; every value is JSON, None where it is not to be known."""
+    return {
+        "tide_mega": tide_mega.__version__,
+        "python": platform.python_version(),
+        "platform": platform.system() + "-" + platform.machine(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "optional": detect_libraries(),
+        "git": git_state(Path(tide_mega.__file__).parent),
+        "cuda": torch.version.cuda,
+        "device": device_name(device),
+        "world_size": world_size,
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or "cpu"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def git_state(folder: Path) -> dict[str, Any] | None:
+    """Commit and whether tracked files differ from it; None outside a checkout that tracks `folder`."""
+    if _git(folder, "ls-files", "--error-unmatch", ".") is None:
+        return None
+    commit = _git(folder, "rev-parse", "HEAD")
+    status = _git(folder, "status", "--porcelain", "--untracked-files=no")
+    if commit is None or status is None:
+        return None
+    return {"commit": commit, "dirty": bool(status)}
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=30, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,55 @@
+"""Held-out loss per frequency decile, and the null bank's weight per layer and decile."""
+
+import torch
+from torch import Tensor
+
+from tide_mega.config.schema import TideConfig
+from tide_mega.data.batch import TokenBatch
+from tide_mega.data.loader import validation_batches
+from tide_mega.data.stream import TokenStream
+from tide_mega.model.tide import TideModel
+from tide_mega.parallel.groups import ParallelGroups, sum_over
+from tide_mega.training.metrics import DecileLoss, NullWeight
+from tide_mega.training.records import EvalRecord
+from tide_mega.training.step import evaluate_batch
+
+
+class Evaluator:
+    """Evaluates the same held-out sequences each time; every method is collective."""
+
+    def __init__(
+        self,
+        config: TideConfig,
+        model: TideModel,
+        held_out: TokenStream,
+        bins_V: Tensor,
+        groups: ParallelGroups,
+    ) -> None:
+        self.config, self.model, self.held_out, self.groups = config, model, held_out, groups
+        layers = config.model.num_layers if config.memory.num_blocks else 0
+        self.deciles, self.null_weights = DecileLoss(bins_V), NullWeight(layers, bins_V)
+        self.device: torch.device = bins_V.device
+
+    def evaluate(self, step: int, tokens: int) -> EvalRecord:
+        """Evaluate after `step` steps and `tokens` training tokens."""
+        self.deciles.reset()
+        self.null_weights.reset()
+        batches = validation_batches(
+            self.held_out,
+            seed=self.config.data.seed,
+            sequences=self.config.trainer.eval_sequences,
+            micro_batch_size=self.config.trainer.micro_batch_size,
+            dp_rank=self.groups.data_rank,
+            dp_size=self.groups.data_size,
+        )
+        for batch in batches:
+            result = evaluate_batch(self.model, TokenBatch(*(x.to(self.device) for x in batch)))
+            self.deciles.update(result.cross_entropy_BT, result.labels_BT)
+            self.null_weights.update(result.null_weight_LBT, result.tokens_BT, result.labels_BT)
+
+        def over_replicas(tensor: Tensor) -> Tensor:
+            return sum_over(self.groups.data, tensor)
+
+        return EvalRecord.of(
+            step, tokens, self.deciles.reduce(over_replicas), self.null_weights.reduce(over_replicas)
+        )

@@ -1,0 +1,80 @@
+"""What is logged: one record for a window of training steps, one for an evaluation.
+
+Every loss is a mean cross entropy in nats per token; a null weight is a mean router weight from 0 to 1.
+"""
+
+from dataclasses import dataclass
+
+from tide_mega.training.metrics import BySlot, DecileResult, NullWeightResult
+
+
+@dataclass(frozen=True)
+class TrainRecord:
+    """The optimizer steps since the last log line."""
+
+    step: int
+    """Optimizer steps done."""
+    tokens: int
+    """Training tokens consumed so far, over all ranks."""
+    loss: float
+    """Mean over all tokens since the last log line."""
+    z_loss: float
+    """The same mean of the weighted z-loss, which `loss` leaves out."""
+    grad_norm: float
+    """Global L2 norm over all parameters before clipping, at this step."""
+    grad_norm_tables: float | None
+    """The memory tables' part of it; None without memory."""
+    lr: float
+    """Learning rate of this step's update."""
+    tokens_per_second: float
+    """Over all devices, without evaluation and checkpoints."""
+    mfu: float | None
+    """Model FLOPs utilisation, 0 to 1; None where the device's peak is not known."""
+    step_seconds: float
+    eta_seconds: float
+    """Training time left, in seconds."""
+    null_weight_by_layer: list[float | None]
+    """[L], over the tokens of this step; empty without memory."""
+
+
+@dataclass(frozen=True)
+class EvalRecord:
+    """An evaluation on held-out text."""
+
+    step: int
+    """Optimizer steps done."""
+    tokens: int
+    """Training tokens consumed so far; the held-out tokens are in `count_by_bin`."""
+    loss: float | None
+    """Over all held-out target tokens."""
+    rare: float | None
+    """Over targets of bins 0-2."""
+    mid: float | None
+    """Over targets of bins 3-6."""
+    common: float | None
+    """Over targets of bins 7-9."""
+    loss_by_bin: BySlot
+    """By the target's slot (`tide_mega.training.slots.SLOTS`)."""
+    count_by_bin: dict[str, int]
+    """Held-out target tokens in each slot."""
+    null_weight_by_layer: list[float | None]
+    """[L]; empty without memory."""
+    null_weight_by_bin: dict[str, BySlot]
+    """By the input token's slot: "mean" over the layers, and "last" layer; empty without memory."""
+
+    @classmethod
+    def of(cls, step: int, tokens: int, deciles: DecileResult, null_weight: NullWeightResult) -> "EvalRecord":
+        """Join what the two accumulators gave."""
+        by_bin = {"mean": null_weight.mean_by_bin, "last": null_weight.last_by_bin}
+        return cls(
+            step=step,
+            tokens=tokens,
+            loss=deciles.loss,
+            rare=deciles.rare,
+            mid=deciles.mid,
+            common=deciles.common,
+            loss_by_bin=deciles.loss_by_bin,
+            count_by_bin=deciles.count_by_bin,
+            null_weight_by_layer=null_weight.by_layer,
+            null_weight_by_bin=by_bin if null_weight.by_layer else {},
+        )

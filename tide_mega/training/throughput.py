@@ -1,0 +1,117 @@
+"""Tokens per second, MFU and time to the end, of training itself: pauses do not count."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Speed since the reading before."""
+
+    tokens_per_second: float
+    """Over all devices."""
+    mfu: float | None
+    """Model FLOPs utilisation, 0 to 1; None where the device's peak is not known."""
+    step_seconds: float
+    eta_seconds: float
+    """Training time left at the pace of the last readings; evaluation and checkpoints come on top."""
+
+
+class Throughput:
+    """Measures windows of steps, leaving out the time between `pause` and `resume`.
+
+    MFU = tokens per second / devices * FLOPs per token / peak FLOPs per second of a device, where FLOPs
+    per token is `tide_mega.config.sizes.flops_per_token`: 6 per matrix parameter plus attention; the
+    memory tables are not in it, a lookup multiplies nothing.
+
+    On a GPU, call `read` where the host has just waited for the device (to fetch the loss, say), else
+    it times the enqueuing of work.
+    """
+
+    def __init__(
+        self,
+        *,
+        tokens_per_step: int,
+        flops_per_token: float,
+        devices: int,
+        peak_tflops: float | None,
+        total_steps: int,
+        eta_windows: int = 20,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """Take the tokens of a step over all devices, and the peak TFLOP/s of one device (or None)."""
+        self._tokens_per_step = tokens_per_step
+        self._flops_per_token = flops_per_token
+        self._devices = devices
+        self._peak_tflops = peak_tflops
+        self._total_steps = total_steps
+        self._clock = clock
+        self._windows: deque[tuple[int, float]] = deque(maxlen=eta_windows)
+        self._step: int | None = None
+        self._active_seconds = 0.0
+        self._running_since: float | None = None
+
+    def start(self, step: int) -> None:
+        """Begin, with `step` steps done (those before a resume are not ours)."""
+        self._step = step
+        self._active_seconds = 0.0
+        self._running_since = self._clock()
+
+    def pause(self) -> None:
+        """Stop the clock, for an evaluation or a checkpoint; a second pause changes nothing."""
+        if self._running_since is not None:
+            self._active_seconds += self._clock() - self._running_since
+            self._running_since = None
+
+    def resume(self) -> None:
+        """Let the clock run again; does nothing where it runs."""
+        if self._running_since is None:
+            self._running_since = self._clock()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Stop the clock for a block."""
+        self.pause()
+        try:
+            yield
+        finally:
+            self.resume()
+
+    def read(self, step: int) -> Reading:
+        """Close the window at `step` steps done and open the next.
+
+        Raises:
+            ValueError: if not started, or if no step was done since the last reading.
+        """
+        if self._step is None:
+            raise ValueError("the meter is not started: call start(step) before read(step)")
+        steps = step - self._step
+        if steps <= 0:
+            raise ValueError(f"no step since the last reading: {self._step} steps then, {step} now")
+        now = self._clock()
+        seconds = self._active_seconds
+        if self._running_since is not None:
+            seconds += now - self._running_since
+            self._running_since = now
+        seconds = max(seconds, 1e-9)
+        self._step, self._active_seconds = step, 0.0
+        self._windows.append((steps, seconds))
+        return self._reading(steps, seconds)
+
+    def _reading(self, steps: int, seconds: float) -> Reading:
+        tokens_per_second = steps * self._tokens_per_step / seconds
+        mfu = None
+        if self._peak_tflops is not None:
+            flops_per_device = tokens_per_second / self._devices * self._flops_per_token
+            mfu = flops_per_device / (self._peak_tflops * 1e12)
+        pace = sum(s for _, s in self._windows) / sum(n for n, _ in self._windows)
+        assert self._step is not None
+        return Reading(
+            tokens_per_second=tokens_per_second,
+            mfu=mfu,
+            step_seconds=seconds / steps,
+            eta_seconds=max(self._total_steps - self._step, 0) * pace,
+        )

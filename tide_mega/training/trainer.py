@@ -1,0 +1,330 @@
+"""The training run: what is built, in order, and the loop."""
+
+import logging
+import math
+from dataclasses import asdict
+
+import torch
+from torch import Tensor
+
+from tide_mega.config.errors import ConfigError
+from tide_mega.config.schema import TideConfig
+from tide_mega.config.sizes import count_parameters, flops_per_token
+from tide_mega.config.validate import total_steps, validate
+from tide_mega.data.batch import TokenBatch
+from tide_mega.data.frequency import UNSEEN, DecileTable
+from tide_mega.data.loader import TrainBatches, train_batches
+from tide_mega.data.stream import TokenStream
+from tide_mega.model.tide import TideModel
+from tide_mega.model.weights import initialise
+from tide_mega.parallel.device import OPTIONAL_LIBRARIES, choose_device, detect_libraries, set_threads
+from tide_mega.parallel.engine import Engine, EngineOptions, optimizer_name
+from tide_mega.parallel.groups import World, make_groups, start_distributed, stop_distributed, sum_over
+from tide_mega.training.checkpoint import Checkpointer, TrainingState
+from tide_mega.training.evaluation import Evaluator
+from tide_mega.training.jsonl import JsonlLogger
+from tide_mega.training.loggers import Loggers
+from tide_mega.training.optimizer import TABLES, parameter_groups
+from tide_mega.training.peak import describe_peak, peak_tflops
+from tide_mega.training.progress import Progress
+from tide_mega.training.records import TrainRecord
+from tide_mega.training.runfolder import RunFolder, open_run_folder
+from tide_mega.training.schedule import learning_rate
+from tide_mega.training.step import StepResult, compute_gradients
+from tide_mega.training.throughput import Throughput
+from tide_mega.training.wandb_logger import WandbLogger
+
+log = logging.getLogger(__name__)
+
+
+def train(config: TideConfig) -> RunFolder:
+    """Train, or finish training, the run that the configuration describes; return its folder.
+
+    Raises:
+        ConfigError: the configuration cannot run here, or does not fit the run folder or the data.
+        DivergedError: the loss is no longer a number.
+    """
+    world = World.from_environment()
+    validate(config, world.size)
+    device = choose_device(config.cluster.device, world.local_rank)
+    set_threads(config.cluster.threads, world.local_size)
+    start_distributed(device, world, config.cluster.timeout_minutes)
+    try:
+        trainer = Trainer(config, world)
+        try:
+            trainer.run()
+        finally:
+            trainer.close()
+        return trainer.folder
+    finally:
+        stop_distributed()
+
+
+class DivergedError(RuntimeError):
+    """The loss or its gradient became NaN or infinite."""
+
+
+ADVICE = (
+    "the newest checkpoint is from before; lower optim.lr, raise optim.warmup_steps, or look at the data that "
+    "follows it"
+)
+
+
+class Trainer:
+    """One process of a training run."""
+
+    def __init__(self, config: TideConfig, world: World) -> None:
+        self.config, self.world = config, world
+        self.device = choose_device(config.cluster.device, world.local_rank)
+        self.total_steps = total_steps(config)
+        self.groups = make_groups(config.parallel, config.trainer.seed)
+        self.folder = open_run_folder(
+            config, world_size=world.size, device=self.device.torch_device, writes=world.rank == 0
+        )
+        self.stream, self.held_out = (self._open(split) for split in ("train", "validation"))
+        self.engine = self._build_engine()
+        self.evaluator = Evaluator(config, self.engine.module, self.held_out, self._bins(), self.groups)
+        self.checkpoints = Checkpointer(
+            self.folder.checkpoints, self.engine, keep_last=config.checkpoint.keep_last
+        )
+        self.state = self._resume()
+        self.loggers = self._open_loggers()
+        self.batches = self._open_batches()
+        self.throughput = Throughput(
+            tokens_per_step=self.tokens_per_step,
+            flops_per_token=flops_per_token(config.model, config.memory, config.data.seq_length),
+            devices=world.size,
+            peak_tflops=self._peak(),
+            total_steps=self.total_steps,
+        )
+        # [cross entropy, weighted z-loss, tokens] since the last log line, on this rank.
+        self.window = torch.zeros(3, dtype=torch.float64, device=self.device.torch_device)
+        if world.rank == 0:
+            values = [self.state.loss_sum, self.state.z_loss_sum, self.state.window_tokens]
+            self.window += torch.tensor(values, dtype=torch.float64, device=self.device.torch_device)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Training tokens of an optimizer step over all ranks."""
+        return self.config.trainer.global_batch_size * self.config.data.seq_length
+
+    @property
+    def accumulation(self) -> int:
+        """Microbatches of this rank in an optimizer step."""
+        trainer = self.config.trainer
+        return trainer.global_batch_size // (trainer.micro_batch_size * self.groups.data_size)
+
+    def run(self) -> None:
+        """Train from where the run stands to its end."""
+        config, state = self.config, self.state
+        if state.step >= self.total_steps:
+            log.info("%s is complete: %d steps done, nothing to train", self.folder.path, state.step)
+            return
+        self.throughput.start(state.step)
+        while state.step < self.total_steps:
+            logged = self._is_due(state.step + 1, config.logging.every)
+            batches = [self._to_device(next(self.batches)) for _ in range(self.accumulation)]
+            self.engine.module.board.null_weights_L = {} if logged else None
+            result = compute_gradients(self.engine, batches, config.trainer.z_loss)
+            self._add_to_window(result)
+            table_norm = self.engine.group_grad_norm(TABLES) if logged else 0.0
+            lr = learning_rate(state.step, config.optim, self.total_steps)
+            if not self.engine.step(lr):
+                raise DivergedError(f"the gradient is not finite at step {state.step + 1}: {ADVICE}")
+            state.step += 1
+            state.samples += config.trainer.global_batch_size
+
+            if logged:
+                self._log(lr, table_norm)
+            with self.throughput.paused():
+                if self._is_due(state.step, config.trainer.eval_every):
+                    self.loggers.log_eval(self.evaluator.evaluate(state.step, self._tokens_done()))
+                if self._is_due(state.step, config.checkpoint.every, at_end=config.checkpoint.at_end):
+                    self._save()
+
+    def close(self) -> None:
+        """End loader processes, close logs, release the engine."""
+        self.batches.close()
+        self.loggers.close()
+        self.engine.close()
+
+    def _is_due(self, step: int, every: int, *, at_end: bool = True) -> bool:
+        """Every n steps, and at the last step."""
+        return (at_end and step == self.total_steps) or (every > 0 and step % every == 0)
+
+    def _tokens_done(self) -> int:
+        return self.state.samples * self.config.data.seq_length
+
+    def _to_device(self, batch: tuple[Tensor, ...]) -> TokenBatch:
+        return TokenBatch(*(x.to(self.device.torch_device, non_blocking=True) for x in batch))
+
+    def _add_to_window(self, result: StepResult) -> None:
+        z_loss = self.config.trainer.z_loss * result.z_square_sum
+        self.window += torch.stack([result.loss_sum.double(), z_loss.double(), result.tokens.double()])
+
+    def _window_sums(self) -> list[float]:
+        """Sum the window over data parallelism; the first moment of a step at which the host waits."""
+        sums = sum_over(self.groups.data, self.window.clone()).tolist()
+        if not math.isfinite(sums[0] + sums[1]):
+            raise DivergedError(f"the loss is not finite at step {self.state.step}: {ADVICE}")
+        return sums
+
+    def _log(self, lr: float, table_norm: float) -> None:
+        loss_sum, z_loss_sum, tokens = self._window_sums()
+        self.window.zero_()
+        reading = self.throughput.read(self.state.step)
+        self.loggers.log_train(
+            TrainRecord(
+                step=self.state.step,
+                tokens=self._tokens_done(),
+                loss=loss_sum / tokens,
+                z_loss=z_loss_sum / tokens,
+                grad_norm=self.engine.grad_norm(),
+                grad_norm_tables=table_norm if self.config.memory.num_blocks else None,
+                lr=lr,
+                null_weight_by_layer=self._null_weights(),
+                **asdict(reading),
+            )
+        )
+
+    def _null_weights(self) -> list[float | None]:
+        """Mean null-bank weight of each layer over the tokens of the step."""
+        model: TideModel = self.engine.module
+        if model.memory is None:
+            return []
+        means_L = model.null_weights().float().mean(dim=(1, 2))
+        model.board.null_weights_L = None
+        return (sum_over(self.groups.data, means_L) / self.groups.data_size).tolist()
+
+    def _save(self) -> None:
+        self.state.loss_sum, self.state.z_loss_sum, tokens = self._window_sums()
+        self.state.window_tokens = int(tokens)
+        self.checkpoints.save(self.state)
+
+    def _open(self, split: str) -> TokenStream:
+        data = self.config.data
+        stream = TokenStream.open(
+            data.path,
+            split,
+            data.seq_length,
+            verify=data.verify,
+            on_bad_shard=data.on_bad_shard,
+            logger=log if self.world.rank == 0 else logging.getLogger("tide_mega.silent"),
+        )
+        if stream.vocab_size > self.config.model.vocab_size:
+            raise ConfigError(
+                f"model.vocab_size={self.config.model.vocab_size} is smaller than the vocabulary of {data.path}, "
+                f"{stream.vocab_size}: set model.vocab_size to {stream.vocab_size} or more."
+            )
+        return stream
+
+    def _build_engine(self) -> Engine:
+        config = self.config
+        model = TideModel(config, self.groups, self.device.torch_device)
+        initialise(model, config.model, config.memory, config.trainer.seed)
+        model.to(self.device.torch_device)
+        options = EngineOptions(
+            zero_stage=config.parallel.zero_stage,
+            precision=config.trainer.precision,
+            clip_grad=config.optim.clip_grad,
+            micro_batch_size=config.trainer.micro_batch_size,
+            accumulation=self.accumulation,
+        )
+        groups = parameter_groups(model, config.optim)
+        engine = Engine(model, groups, config.optim, options, self.groups, self.device)
+        self._describe()
+        return engine
+
+    def _describe(self) -> None:
+        """Log what is about to run, once."""
+        if self.world.rank != 0:
+            return
+        config, count = self.config, count_parameters(self.config.model, self.config.memory)
+        log.info(
+            "%s: %s parameters in the base model, %s in %d memory blocks",
+            config.run.name,
+            f"{count.base:,}",
+            f"{count.total - count.base:,}",
+            config.memory.num_blocks,
+        )
+        log.info(
+            "%d processes (tensor %d, data %d) on %s, %d threads each; ZeRO-%d, %s, %s",
+            self.world.size,
+            self.groups.tensor_size,
+            self.groups.data_size,
+            self.device.name,
+            torch.get_num_threads(),
+            config.parallel.zero_stage,
+            config.trainer.precision,
+            optimizer_name(self.device),
+        )
+        found = detect_libraries()
+        log.info(
+            "optional libraries: %s",
+            "; ".join(
+                f"{name} {found[name] or 'absent'} ({use})" for name, (_, use) in OPTIONAL_LIBRARIES.items()
+            ),
+        )
+        log.info(
+            "%s: %s training tokens, %s held out; %d steps of %s tokens",
+            config.data.path,
+            f"{self.stream.num_tokens:,}",
+            f"{self.held_out.num_tokens:,}",
+            self.total_steps,
+            f"{self.tokens_per_step:,}",
+        )
+
+    def _bins(self) -> Tensor:
+        """Decile of each token type of the model's vocabulary; types beyond the tokenizer's are unseen."""
+        bins_V = torch.full((self.config.model.vocab_size,), UNSEEN, dtype=torch.int8)
+        known = torch.from_numpy(DecileTable.load(self.config.data.path).bin_of_type)
+        bins_V[: known.numel()] = known
+        return bins_V.to(self.device.torch_device)
+
+    def _resume(self) -> TrainingState:
+        topology = {
+            "parallel.tensor": self.groups.tensor_size,
+            "parallel.zero_stage": self.config.parallel.zero_stage,
+            "data-parallel size": self.groups.data_size,
+        }
+        fingerprint = self.stream.fingerprint
+        if not self.config.checkpoint.resume:
+            self.checkpoints.set_aside()
+        resumed = self.checkpoints.load_newest(topology, fingerprint)
+        return resumed or TrainingState(0, 0, topology, fingerprint, 0.0, 0.0, 0, None)
+
+    def _open_loggers(self) -> Loggers:
+        if self.world.rank != 0:
+            return Loggers()
+        wandb_logger = WandbLogger(
+            self.config.logging,
+            self.folder.path,
+            name=self.config.run.name,
+            run_config=asdict(self.config),
+            run_id=self.state.wandb_run_id,
+        )
+        self.state.wandb_run_id = wandb_logger.run_id
+        resumed = self.state.step if self.state.step else None
+        return Loggers([JsonlLogger(self.folder.metrics, resumed), Progress(self.total_steps), wandb_logger])
+
+    def _open_batches(self) -> TrainBatches:
+        trainer = self.config.trainer
+        return train_batches(
+            self.stream,
+            seed=self.config.data.seed,
+            first_sample=self.state.samples,
+            global_batch_size=trainer.global_batch_size,
+            micro_batch_size=trainer.micro_batch_size,
+            dp_rank=self.groups.data_rank,
+            dp_size=self.groups.data_size,
+            num_workers=self.config.data.num_workers,
+        )
+
+    def _peak(self) -> float | None:
+        precision = self.config.trainer.precision
+        peak = self.config.cluster.peak_tflops or peak_tflops(self.device.name, precision)
+        if self.world.rank == 0:
+            log.info(
+                describe_peak(self.device.name, peak, configured=self.config.cluster.peak_tflops is not None)
+            )
+        return peak

@@ -1,0 +1,178 @@
+"""The one door to Weights & Biases. Trouble there is logged once and never stops training."""
+
+import logging
+import netrc
+import os
+from pathlib import Path
+from typing import Any, cast
+from urllib.parse import urlsplit
+
+import wandb
+
+from tide_mega.config.schema import LoggingConfig
+from tide_mega.training.metrics import BySlot
+from tide_mega.training.records import EvalRecord, TrainRecord
+
+log = logging.getLogger(__name__)
+
+_SETTINGS = {"init_timeout": 30.0, "finish_timeout": 300.0, "console": "off", "silent": True}
+
+
+class WandbLogger:
+    """A W&B run kept in the run folder, its charts drawn over `step`."""
+
+    def __init__(
+        self,
+        config: LoggingConfig,
+        run_dir: Path,
+        *,
+        name: str,
+        run_config: dict[str, Any],
+        run_id: str | None,
+    ) -> None:
+        """Open the run, or the run `run_id` again.
+
+        Args:
+            config: mode (`logging.wandb`), project and entity.
+            run_dir: where W&B keeps its files (a `wandb` folder in it).
+            name: the run's display name.
+            run_config: the resolved configuration, nested, for the record.
+            run_id: what `run_id` gave in the run that this one resumes, else None.
+        """
+        self._failed = False
+        self.run_id = run_id
+        """Identity of the W&B run, to be kept in checkpoints; None where there is no run."""
+        mode = resolve_mode(config.wandb)
+        self._run = None
+        if mode != "disabled":
+            self._run = self._open(mode, config, run_dir, name, run_config)
+
+    def log_train(self, record: TrainRecord) -> None:
+        """Log a window of training steps."""
+        self._log(train_metrics(record))
+
+    def log_eval(self, record: EvalRecord) -> None:
+        """Log an evaluation."""
+        self._log(eval_metrics(record))
+
+    def close(self) -> None:
+        """Finish the run; uploads get five minutes, the files stay in any case."""
+        if self._run is not None:
+            try:
+                self._run.finish()
+            except Exception as error:
+                self._report(f"could not finish the run: {error}")
+
+    def _open(
+        self, mode: str, config: LoggingConfig, run_dir: Path, name: str, run_config: dict[str, Any]
+    ) -> Any | None:
+        known = wandb.Settings.model_fields
+        settings = wandb.Settings(**{key: value for key, value in _SETTINGS.items() if key in known})
+        for attempt in dict.fromkeys((mode, "offline")):
+            try:
+                run = wandb.init(
+                    project=config.wandb_project,
+                    entity=config.wandb_entity,
+                    name=name,
+                    id=self.run_id,
+                    # Offline runs do not resume, they are merged by their id when synchronised.
+                    resume="allow" if attempt == "online" else None,
+                    dir=str(run_dir),
+                    mode=cast(Any, attempt),
+                    config=run_config,
+                    reinit="create_new",
+                    settings=settings,
+                )
+                run.define_metric("step")
+                run.define_metric("*", step_metric="step")
+            except Exception as error:
+                log.warning("W&B could not start %s: %s; training goes on", attempt, error)
+                if attempt == "online":
+                    wandb.teardown()  # else its service holds the identity of the run that failed
+            else:
+                self.run_id = run.id
+                where = run.url if attempt == "online" else f"{attempt}, in {run.dir}"
+                log.info("W&B run %s (%s)", run.id, where)
+                return run
+        return None
+
+    def _log(self, metrics: dict[str, float]) -> None:
+        if self._run is not None:
+            try:
+                self._run.log(metrics)
+            except Exception as error:
+                self._report(f"could not log: {error}")
+
+    def _report(self, what: str) -> None:
+        if not self._failed:
+            log.warning("W&B %s; said once, training goes on, metrics.jsonl has every metric", what)
+        self._failed = True
+
+
+def resolve_mode(mode: str) -> str:
+    """What `logging.wandb` comes to: auto follows WANDB_MODE, then whether there is a login."""
+    if mode != "auto":
+        return mode
+    if wanted := os.environ.get("WANDB_MODE"):
+        return wanted
+    return "online" if has_login() else "offline"
+
+
+def has_login() -> bool:
+    """Whether a W&B key is configured, in the environment or a netrc file; never prompts."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    server = urlsplit(os.environ.get("WANDB_BASE_URL") or wandb.Settings().base_url).hostname
+    candidates = [os.environ["NETRC"]] if "NETRC" in os.environ else ["~/.netrc", "~/_netrc"]
+    for candidate in candidates:
+        try:
+            machines = netrc.netrc(Path(candidate).expanduser()).hosts
+        except (OSError, netrc.NetrcParseError):
+            continue
+        # W&B has moved its server's name over time, and reads the old names' keys still.
+        if any(machine == server or "wandb" in machine for machine in machines):
+            return True
+    return False
+
+
+def train_metrics(record: TrainRecord) -> dict[str, float]:
+    """The W&B names and values of a training record; what is None is left out."""
+    named = {
+        "step": record.step,
+        "tokens": record.tokens,
+        "train/loss": record.loss,
+        "train/z_loss": record.z_loss,
+        "train/grad_norm": record.grad_norm,
+        "train/grad_norm_tables": record.grad_norm_tables,
+        "lr": record.lr,
+        "throughput/tokens_per_second": record.tokens_per_second,
+        "throughput/mfu": record.mfu,
+        "throughput/step_seconds": record.step_seconds,
+        **_by_layer("null_weight", record.null_weight_by_layer),
+    }
+    return _without_none(named)
+
+
+def eval_metrics(record: EvalRecord) -> dict[str, float]:
+    """The W&B names and values of an evaluation; what is None is left out."""
+    named = {
+        "step": record.step,
+        "tokens": record.tokens,
+        "eval/loss": record.loss,
+        "loss/rare": record.rare,
+        "loss/mid": record.mid,
+        "loss/common": record.common,
+        **{f"loss_by_decile/{slot}": loss for slot, loss in record.loss_by_bin.items()},
+        **_by_layer("null_weight_eval", record.null_weight_by_layer),
+    }
+    for which, by_slot in record.null_weight_by_bin.items():
+        named |= {f"null_weight_by_decile_{which}/{slot}": weight for slot, weight in by_slot.items()}
+    return _without_none(named)
+
+
+def _by_layer(prefix: str, weights: list[float | None]) -> BySlot:
+    return {f"{prefix}/layer_{layer:02d}": weight for layer, weight in enumerate(weights)}
+
+
+def _without_none(named: dict[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in named.items() if value is not None}
