@@ -52,7 +52,7 @@ else
 fi
 
 say "data: the running Python's standard library"
-"$PYTHON" tools/prepare_data.py "inputs=[stdlib]" tokenizer=bpe:16384 "out=$WORK/data" || failed+=("data preparation")
+"$PYTHON" tools/prepare_data.py "inputs=[stdlib]" tokenizer=bpe:8192 "out=$WORK/data" || failed+=("data preparation")
 
 # train NAME OVERRIDE...: a short training, then its last throughput.
 train() {

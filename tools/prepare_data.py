@@ -1,7 +1,7 @@
 """Tokenise text into a dataset for training: shards, index, token counts and frequency deciles.
 
     python tools/prepare_data.py inputs=corpus/ out=data/corpus tokenizer=tokenizer.json
-    python tools/prepare_data.py inputs=stdlib out=data/demo tokenizer=bpe:16384
+    python tools/prepare_data.py inputs=stdlib out=data/demo tokenizer=bpe:8192
 
 Reads .txt (a document a file), .jsonl, .jsonl.zst and .parquet, and folders of them. Interrupted, it goes
 on where it stopped when the same command is given again.

@@ -44,6 +44,7 @@ class Case:
     accumulation: int = 2
     tie_embeddings: bool = True
     table_lr_multiplier: float = 1.0
+    device: str = "cpu"
 
     @property
     def world(self) -> int:
@@ -102,10 +103,11 @@ def batches_of_step(case: Case, config: TideConfig, step: int) -> list[TokenBatc
     # Few types and an uneven distribution: repeated ids, ids at shard edges, most rows untouched.
     draws = torch.rand(case.data * case.accumulation, MICRO_BATCH, SEQUENCE + 1, generator=generator)
     tokens = (draws.pow(2) * config.model.vocab_size).long()
+    tokens = tokens.to(case.device)
     return [TokenBatch(x[:, :-1].contiguous(), x[:, 1:].contiguous()) for x in tokens]
 
 
-def reference_model(config: TideConfig) -> ReferenceTide:
+def reference_model(config: TideConfig, device: str = "cpu") -> ReferenceTide:
     model, memory = config.model, config.memory
     reference = ReferenceTide(
         ReferenceShape(
@@ -127,7 +129,7 @@ def reference_model(config: TideConfig) -> ReferenceTide:
             values = initial.rows(name, 0, parameter.size(0))
             # DeepSpeed makes the fp32 master weights from the model it has cast, so they start rounded.
             parameter.copy_(values.to(DTYPES[config.trainer.precision]))
-    return reference
+    return reference.to(device)
 
 
 def canonical_parameters(reference: ReferenceTide) -> dict[str, Tensor]:
@@ -186,11 +188,12 @@ def compare_gradients(case: Case) -> Deviation:
 
     config = configuration(case)
     groups = make_groups(config.parallel, seed=1)
-    model = TideModel(config, groups, torch.device("cpu"))
+    model = TideModel(config, groups, torch.device(case.device))
     initialise(model, config.model, config.memory, config.trainer.seed)
+    model.to(case.device)
     batches = batches_of_step(replace(case, data=1), config, 0)
     result = compute_gradients(BareEngine(model), batches, Z_LOSS)
-    reference = reference_model(config)
+    reference = reference_model(config, case.device)
     expected_loss = reference_backward(reference, batches)
     names = parameter_names(model)
     pairs = local_tensors(model, config.model, fetch_from(canonical_gradients(reference)))
@@ -239,12 +242,12 @@ def train_side_by_side(
 def compare_training(case: Case) -> Deviation:
     """Five AdamW steps with clipping active: loss and norm of each, all parameters at the end."""
     config = configuration(case)
-    device = choose_device("cpu", 0)
+    device = choose_device(case.device, 0)
     groups = make_groups(config.parallel, seed=1)
     model = TideModel(config, groups, device.torch_device)
     initialise(model, config.model, config.memory, config.trainer.seed)
     engine = build_engine(model, case, config, groups, device)
-    reference = reference_model(config)
+    reference = reference_model(config, case.device)
     losses, norms = train_side_by_side(case, config, engine, reference, groups)
     names = parameter_names(engine.module)
     pairs = local_tensors(engine.module, config.model, fetch_from(canonical_parameters(reference)))
@@ -260,13 +263,13 @@ def compare_updates(case: Case) -> Deviation:
     that bf16 explains the difference.
     """
     config = configuration(case)
-    device = choose_device("cpu", 0)
+    device = choose_device(case.device, 0)
     groups = make_groups(config.parallel, seed=1)
     model = TideModel(config, groups, device.torch_device)
     initialise(model, config.model, config.memory, config.trainer.seed)
     engine = build_engine(model, case, config, groups, device)
     start = {id(p): engine.master_weight(p).clone() for p in engine.module.parameters()}
-    reference = reference_model(config)
+    reference = reference_model(config, case.device)
     losses, norms = train_side_by_side(case, config, engine, reference, groups)
     names = parameter_names(engine.module)
     exact = local_tensors(engine.module, config.model, fetch_from(canonical_parameters(reference)))
@@ -283,7 +286,7 @@ def compare_updates(case: Case) -> Deviation:
 def bf16_reference_updates(case: Case) -> dict[str, Tensor]:
     """What the plain reference itself makes of bf16 compute with fp32 master weights: its final parameters."""
     config = configuration(case)
-    master = reference_model(config)
+    master = reference_model(config, case.device)
     optimizer = reference_optimizer(master, config.optim)
     for step in range(STEPS):
         low = copy.deepcopy(master).bfloat16()

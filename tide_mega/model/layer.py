@@ -60,10 +60,10 @@ class TideLayer(TransformerLayer):
     def _injection(self, normed_SBD: Tensor, router_JD: Tensor, index_SB: Tensor | None) -> Tensor:
         rows_UKD = self.board.rows_UKD
         if rows_UKD is None or index_SB is None:
-            raise RuntimeError("the memory was not read for this step: call TideModel.read_memory first")
-        injected_ND, null_N = mix_by_index(
-            normed_SBD.flatten(0, 1), self.router_JD, rows_UKD, index_SB.flatten()
-        )
+            raise RuntimeError(
+                "the memory was not read for this step: put a MemoryStep on the board before the forward pass"
+            )
+        injected_ND, null_N = mix_by_index(normed_SBD.flatten(0, 1), router_JD, rows_UKD, index_SB.flatten())
         # Under full recompute the first pass runs without a graph, and this line is met again in the second.
         if torch.is_grad_enabled() or not self.training:
             self.board.record_null_weights(self.layer_number - 1, null_N.view_as(index_SB))
