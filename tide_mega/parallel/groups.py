@@ -95,12 +95,16 @@ def start_distributed(device: Device, world: World, timeout_minutes: float) -> N
 
 
 def make_groups(parallel: ParallelConfig, seed: int) -> ParallelGroups:
-    """Split the world into tensor, pipeline and data groups (megatron's order: tensor fastest)."""
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=parallel.tensor, pipeline_model_parallel_size=parallel.pipeline
-    )
+    """Split the world into tensor, pipeline and data groups (megatron's order: tensor fastest).
+
+    A process that builds one model after another keeps its groups while their sizes stay the same.
+    """
+    if parallel_state.model_parallel_is_initialized() and not _sizes_are(parallel):
+        _drop_groups()
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor, pipeline_model_parallel_size=parallel.pipeline
+        )
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     return ParallelGroups(
         collection=ProcessGroupCollection.use_mpu_process_groups(),
@@ -110,6 +114,22 @@ def make_groups(parallel: ParallelConfig, seed: int) -> ParallelGroups:
         model=parallel_state.get_model_parallel_group(),
         memory=parallel_state.get_tensor_model_parallel_group(),
     )
+
+
+def _sizes_are(parallel: ParallelConfig) -> bool:
+    sizes = (
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_pipeline_model_parallel_world_size(),
+    )
+    return sizes == (parallel.tensor, parallel.pipeline)
+
+
+def _drop_groups() -> None:
+    # Megatron forgets its groups without ending them, and each gloo group keeps threads that poll.
+    for group in getattr(parallel_state, "_global_process_group_list", None) or []:
+        if group is not None and group != dist.group.WORLD:
+            dist.destroy_process_group(group)
+    parallel_state.destroy_model_parallel()
 
 
 def stop_distributed() -> None:
