@@ -45,6 +45,16 @@ class MemoryConfig:
     """Initial gain of each block's RMSNorm. Small values start training close to the base model."""
     router_init_std: float = 0.0
     """0 starts every router uniform: each block and the null bank weigh 1 / (K + 1)."""
+    owners: str = "tensor"
+    """Who owns the tables' rows: tensor (sharded over the tensor-parallel group, replicated over data
+    parallelism and reduced with it), or tensor_data (each row has one owner among tensor x data: no
+    data-parallel reduction of tables, their AdamW runs with the owner)."""
+    window: int | None = None
+    """Microbatches served by one reading of the memory; null means all of a step. Smaller where the rows of a
+    whole step would not fit."""
+    exchange_ahead: bool = False
+    """Fetch the next step's rows as soon as the tables have been updated, while the step ends (logging,
+    evaluation, checkpoint), instead of at the start of the next."""
 
 
 @dataclass
@@ -53,10 +63,13 @@ class ParallelConfig:
 
     tensor: int = 1
     pipeline: int = 1
+    """Pipeline stages."""
+    virtual_pipeline: int = 1
+    """Model chunks of each stage: 1 runs the 1F1B schedule, more the interleaved one."""
     sequence_parallel: bool = False
     """Shard activations outside matrix products along the sequence over the tensor-parallel group."""
     zero_stage: int = 1
-    """DeepSpeed ZeRO: 1 shards optimizer state, 2 gradients too."""
+    """DeepSpeed ZeRO: 1 shards optimizer state, 2 gradients too, 3 parameters too (no pipeline)."""
     recompute: str = "none"
     """Activation recompute: none, selective (attention's core and the MLP), or full (whole layers)."""
 
