@@ -141,8 +141,8 @@ def test_info_and_multirun_work(program, tmp_path):
     done = start(program, "--multirun", "experiment=demo_tide", "memory=k2,k8", cwd=tmp_path)
     assert done.returncode == 0
     assert [line for line in done.stdout.splitlines() if line.startswith("ran")] == [
-        "ran demo_tide 2 0.001",
-        "ran demo_tide 8 0.001",
+        "ran demo_tide 2 0.003",
+        "ran demo_tide 8 0.003",
     ]
 
 

@@ -4,14 +4,14 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-from tide_mega.model.tide import TideModel
+from tide_mega.model.stage import TideStage
 from tide_mega.parallel.gradients import GradientAccumulator
 
 
 class BareEngine:
     """Calls the model and leaves gradients on its parameters."""
 
-    def __init__(self, module: TideModel) -> None:
+    def __init__(self, module: TideStage) -> None:
         self.module = module
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -20,4 +20,4 @@ class BareEngine:
     @contextlib.contextmanager
     def accumulate(self) -> Iterator[None]:
         yield
-        GradientAccumulator(self.module.parameters(), self.module.groups.tensor).finish()
+        GradientAccumulator(self.module.parameters(), self.module.groups).finish()

@@ -19,13 +19,13 @@ from tide_mega.config.schema import (
 from tide_mega.data.batch import TokenBatch
 from tide_mega.model.reference import ReferenceShape, ReferenceTide
 from tide_mega.model.spec import DTYPES
-from tide_mega.model.tide import TideModel
+from tide_mega.model.stage import TideStage
 from tide_mega.model.weights import InitialWeights, initialise, local_tensors
 from tide_mega.parallel.device import Device, choose_device
 from tide_mega.parallel.engine import Engine, EngineOptions
 from tide_mega.parallel.groups import ParallelGroups, make_groups
 from tide_mega.training.optimizer import TABLES, parameter_groups
-from tide_mega.training.step import compute_gradients
+from tide_mega.training.step import compute_gradients, read_ahead
 
 SEQUENCE, MICRO_BATCH, STEPS, Z_LOSS = 24, 2, 5, 1e-3
 
@@ -44,14 +44,22 @@ class Case:
     accumulation: int = 2
     tie_embeddings: bool = True
     table_lr_multiplier: float = 1.0
+    pipeline: int = 1
+    virtual_pipeline: int = 1
+    owners: str = "tensor"
+    window: int | None = None
+    ahead: bool = False
     device: str = "cpu"
 
     @property
     def world(self) -> int:
-        return self.tensor * self.data
+        return self.tensor * self.pipeline * self.data
 
     def __str__(self) -> str:
-        return " ".join(f"{key}={value}" for key, value in vars(self).items())
+        plain = vars(Case())
+        return (
+            " ".join(f"{key}={value}" for key, value in vars(self).items() if value != plain[key]) or "plain"
+        )
 
 
 @dataclass
@@ -69,7 +77,7 @@ class Deviation:
 def configuration(case: Case) -> TideConfig:
     model = ModelConfig(
         name="parity",
-        num_layers=3,
+        num_layers=4,
         hidden_size=32,
         ffn_hidden_size=48,
         num_attention_heads=4,
@@ -78,7 +86,14 @@ def configuration(case: Case) -> TideConfig:
         init_std=0.2,
         tie_embeddings=case.tie_embeddings,
     )
-    memory = MemoryConfig(case.num_blocks, table_init_std=0.3, gain_init=0.7, router_init_std=0.4)
+    memory = MemoryConfig(
+        case.num_blocks,
+        table_init_std=0.3,
+        gain_init=0.7,
+        router_init_std=0.4,
+        owners=case.owners,
+        window=case.window,
+    )
     # Adam divides by sqrt(v) + eps: with eps far below the gradients' rounding noise, an element whose gradient
     # is almost 0 would turn that noise into a whole step of either sign, in any two correct programs.
     optim = OptimConfig(lr=3e-3, clip_grad=0.5, eps=1e-4, table_lr_multiplier=case.table_lr_multiplier)
@@ -89,6 +104,8 @@ def configuration(case: Case) -> TideConfig:
         parallel=ParallelConfig(
             tensor=case.tensor,
             sequence_parallel=case.sequence_parallel,
+            pipeline=case.pipeline,
+            virtual_pipeline=case.virtual_pipeline,
             zero_stage=case.zero_stage,
             recompute=case.recompute,
         ),
@@ -168,8 +185,11 @@ def relative(actual: Tensor, expected: Tensor) -> float:
     return float(difference / expected.detach().float().abs().max().clamp_min(1e-30))
 
 
-def parameter_names(model: TideModel) -> dict[int, str]:
-    return {id(parameter): name for name, parameter in model.named_parameters()}
+def parameter_names(stage: TideStage) -> dict[int, str]:
+    names = {id(parameter): name for name, parameter in stage.named_parameters()}
+    if stage.owned is not None:
+        names[id(stage.owned.master_WKD)] = "memory.tables_WKD"
+    return names
 
 
 def reference_backward(reference: ReferenceTide, batches: list[TokenBatch]) -> float:
@@ -187,8 +207,8 @@ def compare_gradients(case: Case) -> Deviation:
     from tests.support.bare_engine import BareEngine
 
     config = configuration(case)
-    groups = make_groups(config.parallel, seed=1)
-    model = TideModel(config, groups, torch.device(case.device))
+    groups = make_groups(config.parallel, 1, config.memory.owners)
+    model = TideStage(config, groups, torch.device(case.device))
     initialise(model, config.model, config.memory, config.trainer.seed)
     model.to(case.device)
     batches = batches_of_step(replace(case, data=1), config, 0)
@@ -205,12 +225,23 @@ def compare_gradients(case: Case) -> Deviation:
 
 
 def build_engine(
-    model: TideModel, case: Case, config: TideConfig, groups: ParallelGroups, device: Device
+    model: TideStage, case: Case, config: TideConfig, groups: ParallelGroups, device: Device
 ) -> Engine:
     options = EngineOptions(
-        case.zero_stage, case.precision, config.optim.clip_grad, MICRO_BATCH, case.accumulation
+        case.zero_stage,
+        case.precision,
+        config.optim.clip_grad,
+        MICRO_BATCH,
+        case.accumulation,
+        shares_norm=case.owners == "tensor_data",
     )
-    return Engine(model, parameter_groups(model, config.optim), config.optim, options, groups, device)
+    return Engine(
+        model, parameter_groups(model, config.optim), config.optim, options, groups, device, model.owned
+    )
+
+
+def own_batches(case: Case, config: TideConfig, groups: ParallelGroups, step: int) -> list[TokenBatch]:
+    return batches_of_step(case, config, step)[groups.data_rank * case.accumulation :][: case.accumulation]
 
 
 def train_side_by_side(
@@ -219,14 +250,18 @@ def train_side_by_side(
     """Train both for some clipped AdamW steps; return relative differences of loss and norm of each."""
     optimizer = reference_optimizer(reference, config.optim)
     losses, norms = [], []
+    ahead = None
     for step in range(STEPS):
         lr = config.optim.lr * (1 - 0.1 * step)
         batches = batches_of_step(case, config, step)
-        own = batches[groups.data_rank * case.accumulation :][: case.accumulation]
-        result = compute_gradients(engine, own, Z_LOSS)
+        own = own_batches(case, config, groups, step)
+        result = compute_gradients(engine, own, Z_LOSS, window=case.window, ahead=ahead)
         engine.step(lr)
+        if case.ahead:
+            ahead = read_ahead(engine.module, own_batches(case, config, groups, step + 1))
         sums = torch.stack([result.loss_sum.double(), result.tokens.double()])
         torch.distributed.all_reduce(sums, group=groups.data)
+        torch.distributed.all_reduce(sums, group=groups.pipeline)
         expected_loss = reference_backward(reference, batches)
         expected_norm = float(torch.nn.utils.clip_grad_norm_(reference.parameters(), config.optim.clip_grad))
         assert expected_norm > config.optim.clip_grad, "clipping is not active: the test would not see it"
@@ -243,8 +278,8 @@ def compare_training(case: Case) -> Deviation:
     """Five AdamW steps with clipping active: loss and norm of each, all parameters at the end."""
     config = configuration(case)
     device = choose_device(case.device, 0)
-    groups = make_groups(config.parallel, seed=1)
-    model = TideModel(config, groups, device.torch_device)
+    groups = make_groups(config.parallel, 1, config.memory.owners)
+    model = TideStage(config, groups, device.torch_device)
     initialise(model, config.model, config.memory, config.trainer.seed)
     engine = build_engine(model, case, config, groups, device)
     reference = reference_model(config, case.device)
@@ -264,8 +299,8 @@ def compare_updates(case: Case) -> Deviation:
     """
     config = configuration(case)
     device = choose_device(case.device, 0)
-    groups = make_groups(config.parallel, seed=1)
-    model = TideModel(config, groups, device.torch_device)
+    groups = make_groups(config.parallel, 1, config.memory.owners)
+    model = TideStage(config, groups, device.torch_device)
     initialise(model, config.model, config.memory, config.trainer.seed)
     engine = build_engine(model, case, config, groups, device)
     start = {id(p): engine.master_weight(p).clone() for p in engine.module.parameters()}

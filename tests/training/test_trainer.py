@@ -101,7 +101,7 @@ def train_until(config, step):
     def counted(lr):
         if trainer.state.step == step:
             raise KilledError
-        step_engine(lr)
+        return step_engine(lr)
 
     trainer.engine.step = counted
     try:

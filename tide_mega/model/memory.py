@@ -1,4 +1,4 @@
-"""EmbeddingMemory: the K tables and their norms, read once a step and shared by all layers.
+"""EmbeddingMemory: the K tables and their norms, and the board from which all layers read them.
 
 Shapes: U distinct token types of the step, K memory blocks, D width, W rows of the tables owned here.
 """
@@ -11,27 +11,39 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from tide_mega.memory.exchange import gather_rows
-from tide_mega.parallel.groups import sum_over
 
 
 class EmbeddingMemory(nn.Module):
-    """K MemoryBlocks, M_k(v) = RMSNorm(E_k[v]) (paper 3.3), sharded by rows over the memory group."""
+    """K MemoryBlocks, M_k(v) = RMSNorm(E_k[v]) (paper 3.3).
+
+    With a `group` the tables are a parameter, sharded by rows over that tensor-parallel group. Without one
+    their rows come from outside (`tide_mega.memory.owned`) and only the norms' gains live here.
+    """
 
     def __init__(
-        self, num_blocks: int, vocab_size: int, width: int, norm_eps: float, group: ProcessGroup
+        self, num_blocks: int, vocab_size: int, width: int, norm_eps: float, group: ProcessGroup | None
     ) -> None:
         super().__init__()
         self.group = group
         self.norm_eps = norm_eps
-        rows = vocab_size // group.size()
-        self.tables_WKD = nn.Parameter(torch.empty(rows, num_blocks, width))
-        # DeepSpeed counts a parameter on every rank of the model-parallel group, instead of once, by this.
-        self.tables_WKD.tensor_model_parallel = group.size() > 1  # type: ignore[attr-defined]
+        self.tables_WKD: nn.Parameter | None = None
+        if group is not None:
+            self.tables_WKD = nn.Parameter(torch.empty(vocab_size // group.size(), num_blocks, width))
+            # DeepSpeed counts a parameter on every rank of the model-parallel group, not once, by this.
+            self.tables_WKD.tensor_model_parallel = group.size() > 1  # type: ignore[attr-defined]
         self.gains_KD = nn.Parameter(torch.ones(num_blocks, width))
 
-    def forward(self, ids_U: Tensor) -> Tensor:
-        """Return the normalised rows M [U, K, D] of distinct token ids, in the tables' dtype."""
-        rows_UKD = gather_rows(self.tables_WKD, ids_U, self.group)
+    def forward(self, ids_U: Tensor, rows_UKD: Tensor | None = None) -> Tensor:
+        """Return the normalised rows M [U, K, D] of distinct ids, in the tables' dtype.
+
+        Args:
+            ids_U: ascending.
+            rows_UKD: their rows, where the tables are owned outside.
+        """
+        if rows_UKD is None:
+            if self.tables_WKD is None or self.group is None:
+                raise RuntimeError("tables owned outside the model: give their rows")
+            rows_UKD = gather_rows(self.tables_WKD, ids_U, self.group)
         unit_UKD = F.rms_norm(rows_UKD, rows_UKD.shape[-1:], eps=self.norm_eps)
         return unit_UKD * self.gains_KD
 
@@ -53,31 +65,3 @@ class MemoryBoard:
         """Keep a layer's null-bank weights, if someone asked for them."""
         if self.null_weights_L is not None:
             self.null_weights_L.setdefault(layer, []).append(null_SB)
-
-
-class MemoryStep:
-    """One reading of the memory: from the tables to the board, and the gradients back."""
-
-    def __init__(self, memory_UKD: Tensor, board: MemoryBoard) -> None:
-        self.memory_UKD = memory_UKD
-        self.board = board
-        board.rows_UKD = memory_UKD.detach().float().requires_grad_(memory_UKD.requires_grad)
-
-    def send_gradients(self, tensor_group: ProcessGroup, *, partial: bool) -> None:
-        """Carry the gradient the layers left on the board back to the norms and the tables.
-
-        Args:
-            tensor_group: ranks that share the tokens of this step.
-            partial: under sequence parallelism each rank saw only its slice of the tokens.
-        """
-        leaf_UKD = self.board.rows_UKD
-        if leaf_UKD is None or leaf_UKD.grad is None:
-            raise RuntimeError("no layer has read the memory: send_gradients belongs after the backward pass")
-        if partial:
-            sum_over(tensor_group, leaf_UKD.grad)
-        self.memory_UKD.backward(leaf_UKD.grad.to(self.memory_UKD.dtype))
-        self.close()
-
-    def close(self) -> None:
-        """Free the rows."""
-        self.board.rows_UKD = None

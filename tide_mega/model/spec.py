@@ -46,6 +46,12 @@ def transformer_config(
         kv_channels=model.hidden_size // model.num_attention_heads,
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=(
+            parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
+        ),
+        # megatron-core 0.16 is silently wrong with the defaults when two stages interleave.
+        overlap_p2p_comm=parallel.virtual_pipeline > 1,
+        batch_p2p_comm=parallel.virtual_pipeline == 1,
         sequence_parallel=parallel.sequence_parallel,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -72,7 +78,9 @@ def transformer_config(
     )
 
 
-def block_spec(config: TransformerConfig, num_blocks: int, board: MemoryBoard) -> TransformerBlockSubmodules:
+def block_spec(
+    config: TransformerConfig, num_blocks: int, board: MemoryBoard, vp_stage: int | None = None
+) -> TransformerBlockSubmodules:
     """Return the stage's layers: megatron's attention and MLP, our norm and core attention, the TIDE layer."""
     attention = ModuleSpec(
         module=SelfAttention,
@@ -102,5 +110,5 @@ def block_spec(config: TransformerConfig, num_blocks: int, board: MemoryBoard) -
         ),
     )
     return TransformerBlockSubmodules(
-        layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm
+        layer_specs=[layer] * get_num_layers_to_build(config, vp_stage), layer_norm=RMSNorm
     )

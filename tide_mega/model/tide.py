@@ -1,78 +1,80 @@
-"""TIDE on megatron-core: GPTModel with the memory, the index of each microbatch, and z-loss.
+"""TIDE on megatron-core: GPTModel with the index of each microbatch and z-loss.
 
-Shapes: B sequences, T tokens, S tokens of a sequence on this rank, U distinct types, K blocks, D width,
-L layers, V vocabulary.
+Shapes: B sequences, T tokens, D hidden size, V vocabulary.
 """
 
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.models.gpt import GPTModel
-from torch import Tensor
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor, nn
 
 from tide_mega.config.schema import TideConfig
-from tide_mega.model.memory import EmbeddingMemory, MemoryBoard
-from tide_mega.model.spec import block_spec, transformer_config
+from tide_mega.model.memory import MemoryBoard
+from tide_mega.model.spec import block_spec
 from tide_mega.model.targets import pick_targets
 from tide_mega.parallel.groups import ParallelGroups
 
 
-class TideModel(GPTModel):
-    """TIDE, or with K = 0 the LLaMA baseline, on one pipeline stage of a tensor-parallel group.
+class TideChunk(GPTModel):
+    """TIDE, or with K = 0 the LLaMA baseline: the layers of one chunk of a pipeline stage.
 
-    A step reads the memory once (`forward(read_ids=...)`, so that DeepSpeed's engine sees the call),
-    puts the rows on `board`, runs its microbatches, and sends the gradients back: see
-    `tide_mega.training.step`.
+    The memory itself is not here: layers read it from the board that the stage's chunks share.
     """
 
-    def __init__(self, config: TideConfig, groups: ParallelGroups, device: torch.device) -> None:
-        megatron_config = transformer_config(config.model, config.parallel, config.trainer.precision, device)
-        board = MemoryBoard()
+    def __init__(
+        self,
+        config: TideConfig,
+        megatron_config: TransformerConfig,
+        board: MemoryBoard,
+        groups: ParallelGroups,
+        virtual: int = 0,
+    ) -> None:
+        chunks = config.parallel.virtual_pipeline
+        vp_stage = virtual if chunks > 1 else None
         super().__init__(
             config=megatron_config,
-            transformer_layer_spec=block_spec(megatron_config, config.memory.num_blocks, board),
+            transformer_layer_spec=block_spec(megatron_config, config.memory.num_blocks, board, vp_stage),
             vocab_size=config.model.vocab_size,
             max_sequence_length=config.data.seq_length,
+            pre_process=groups.is_first_stage and virtual == 0,
+            post_process=groups.is_last_stage and virtual == chunks - 1,
             share_embeddings_and_output_weights=config.model.tie_embeddings,
             position_embedding_type="rope",
             rotary_base=config.model.rope_theta,
             pg_collection=groups.collection,
+            vp_stage=vp_stage,
         )
         self.groups = groups
-        self.board = board
-        self.memory: EmbeddingMemory | None = None
-        if config.memory.num_blocks:
-            self.memory = EmbeddingMemory(
-                config.memory.num_blocks,
-                config.model.vocab_size,
-                config.model.hidden_size,
-                config.model.norm_eps,
-                groups.memory,
-            ).to(megatron_config.params_dtype)
+        if config.model.tie_embeddings and self.output_weight is not None:
+            # A copy of the first stage's embedding: DeepSpeed leaves it out of the gradient norm by this.
+            self.output_weight.ds_pipe_replicated = True  # type: ignore[attr-defined]
+
+    @property
+    def output_weight(self) -> nn.Parameter | None:
+        """The output layer's own matrix: a copy where it is tied to the embedding of another stage."""
+        if not self.post_process or (self.share_embeddings_and_output_weights and self.pre_process):
+            return None
+        return self.output_layer.weight
 
     def forward(
         self,
         tokens_BT: Tensor | None = None,
         labels_BT: Tensor | None = None,
         index_BT: Tensor | None = None,
-        *,
-        read_ids: Tensor | None = None,
     ) -> Tensor:
-        """Run one microbatch, or with `read_ids` [U] read the memory.
+        """Run one microbatch.
 
         Args:
             tokens_BT: token ids.
             labels_BT: ids to predict, negative where there is nothing to predict; without labels the logits
                 of this rank's part of the vocabulary [B, T, V / tensor size] are returned.
             index_BT: row of each token on the board; needed when K > 0.
-            read_ids: distinct ids, ascending.
 
         Returns:
-            [2, B, T] in fp32: cross entropy and log-partition of each token; or M [U, K, D].
+            On the last chunk [2, B, T] in fp32: cross entropy and log-partition of each token; on others the
+            hidden state [T or its slice, B, D].
         """
-        if read_ids is not None:
-            if self.memory is None:
-                raise RuntimeError("a model with memory.num_blocks = 0 has no memory to read")
-            return self.memory(read_ids)
         context = None if index_BT is None else self._index_of_this_rank(index_BT)
         return super().forward(
             tokens_BT, None, None, labels=labels_BT, extra_block_kwargs={"context": context}
@@ -87,20 +89,6 @@ class TideModel(GPTModel):
         logits, targets_TB = pick_targets(logits, labels_TB, self.groups.tensor)
         cross_entropy_TB = tensor_parallel.vocab_parallel_cross_entropy(logits, labels_TB)
         return torch.stack((cross_entropy_TB, cross_entropy_TB + targets_TB)).transpose(1, 2)
-
-    def null_weights(self) -> Tensor:
-        """Return the null-bank weights the layers left on the board [L, B, T]: whole sequences.
-
-        B counts the sequences of all microbatches since the board began to record.
-        """
-        recorded = self.board.null_weights_L or {}
-        slice_LSB = torch.stack([torch.cat(recorded[layer], dim=1) for layer in sorted(recorded)])
-        if self.config.sequence_parallel:
-            whole_SLB = tensor_parallel.gather_from_sequence_parallel_region(
-                slice_LSB.transpose(0, 1).contiguous(), group=self.groups.tensor
-            )
-            slice_LSB = whole_SLB.transpose(0, 1)
-        return slice_LSB.transpose(1, 2)
 
     def _index_of_this_rank(self, index_BT: Tensor) -> Tensor:
         index_TB = index_BT.transpose(0, 1)

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 
 import torch
 from megatron.core.transformer.transformer_layer import TransformerLayer
-from torch import Tensor, nn
+from torch import Tensor
 
 from tide_mega.config.schema import MemoryConfig, ModelConfig
-from tide_mega.model.tide import TideModel
+from tide_mega.model.stage import TideStage
 
 ROW_BLOCK = 8192
 """Rows drawn from one random stream: an owner of part of a table draws only the blocks it needs."""
@@ -40,34 +40,36 @@ class Shard:
         return self.rank * each, (self.rank + 1) * each
 
 
-def local_tensors(
-    model: TideModel, config: ModelConfig, fetch: Fetch
-) -> Iterator[tuple[nn.Parameter, Tensor]]:
-    """Pair every parameter of this process with its values, cut from the canonical tensors."""
-    tensor = Shard(model.groups.tensor_rank, model.groups.tensor_size)
+def local_tensors(stage: TideStage, config: ModelConfig, fetch: Fetch) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pair every weight of this process with its values, cut from the canonical tensors.
+
+    Weights are the stage's parameters, and the master rows of tables owned outside the model.
+    """
+    tensor = Shard(stage.groups.tensor_rank, stage.groups.tensor_size)
     D, V = config.hidden_size, config.vocab_size
-    if model.pre_process:
-        yield model.embedding.word_embeddings.weight, fetch("embedding.weight", *tensor.slice(V))
-    for layer in model.decoder.layers:
-        yield from _layer_tensors(layer, config, tensor, fetch)
-    if model.decoder.final_layernorm is not None:
-        yield model.decoder.final_layernorm.weight, fetch("final_norm.weight", 0, D)
-    if model.post_process and not config.tie_embeddings:
-        yield model.output_layer.weight, fetch("output.weight", *tensor.slice(V))
-    if model.memory is not None:
-        owner = Shard(model.memory.group.rank(), model.memory.group.size())
-        blocks = range(model.memory.gains_KD.size(0))
+    for chunk in stage.chunks:
+        if chunk.pre_process:
+            yield chunk.embedding.word_embeddings.weight, fetch("embedding.weight", *tensor.slice(V))
+        for layer in chunk.decoder.layers:
+            yield from _layer_tensors(layer, config, tensor, fetch)
+        if chunk.decoder.final_layernorm is not None:
+            yield chunk.decoder.final_layernorm.weight, fetch("final_norm.weight", 0, D)
+        if chunk.output_weight is not None:
+            name = "embedding.weight" if config.tie_embeddings else "output.weight"
+            yield chunk.output_weight, fetch(name, *tensor.slice(V))
+    if stage.memory is not None:
+        owner = Shard(stage.groups.memory.rank(), stage.groups.memory.size())
+        blocks = range(stage.num_blocks)
         first, last = owner.slice(V)
-        yield (
-            model.memory.tables_WKD,
-            torch.stack([fetch(f"memory.tables.{k}", first, last) for k in blocks], dim=1),
-        )
-        yield model.memory.gains_KD, torch.stack([fetch(f"memory.gains.{k}", 0, D) for k in blocks])
+        tables = stage.memory.tables_WKD if stage.owned is None else stage.owned.master_WKD
+        assert tables is not None
+        yield tables, torch.stack([fetch(f"memory.tables.{k}", first, last) for k in blocks], dim=1)
+        yield stage.memory.gains_KD, torch.stack([fetch(f"memory.gains.{k}", 0, D) for k in blocks])
 
 
 def _layer_tensors(
     layer: TransformerLayer, config: ModelConfig, tensor: Shard, fetch: Fetch
-) -> Iterator[tuple[nn.Parameter, Tensor]]:
+) -> Iterator[tuple[Tensor, Tensor]]:
     name = f"layers.{layer.layer_number - 1}"
     D, ffn = config.hidden_size, config.ffn_hidden_size
     C = D // config.num_attention_heads
@@ -148,23 +150,22 @@ class InitialWeights:
         return self.model.init_std
 
 
-def initialise(model: TideModel, config: ModelConfig, memory: MemoryConfig, seed: int) -> None:
-    """Fill this process's parameters with their share of the initial weights."""
-    initial = InitialWeights(config, memory, seed)
-    load(model, config, initial.rows)
+def initialise(stage: TideStage, config: ModelConfig, memory: MemoryConfig, seed: int) -> None:
+    """Fill this process's weights with their share of the initial ones."""
+    load(stage, config, InitialWeights(config, memory, seed).rows)
 
 
 @torch.no_grad()
-def load(model: TideModel, config: ModelConfig, fetch: Fetch) -> None:
-    """Fill this process's parameters with their share of canonical tensors.
+def load(stage: TideStage, config: ModelConfig, fetch: Fetch) -> None:
+    """Fill this process's weights with their share of canonical tensors.
 
     Raises:
         RuntimeError: a parameter has no canonical counterpart, so it would keep arbitrary memory.
     """
     filled = set()
-    for parameter, values in local_tensors(model, config, fetch):
-        parameter.copy_(values)
-        filled.add(id(parameter))
-    forgotten = [name for name, parameter in model.named_parameters() if id(parameter) not in filled]
+    for weight, values in local_tensors(stage, config, fetch):
+        weight.copy_(values)
+        filled.add(id(weight))
+    forgotten = [name for name, parameter in stage.named_parameters() if id(parameter) not in filled]
     if forgotten:
         raise RuntimeError(f"no initial value is defined for {', '.join(forgotten)}")

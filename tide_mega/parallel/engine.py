@@ -2,13 +2,15 @@
 
 import contextlib
 import importlib
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 if not torch.cuda.is_available():
@@ -43,13 +45,31 @@ class EngineOptions:
     micro_batch_size: int
     accumulation: int
     """Microbatches of one data-parallel rank in an optimizer step."""
+    shares_norm: bool = False
+    """Whether some ranks hold weights outside DeepSpeed; the same on all ranks."""
+
+
+class OutsideOptimizer(Protocol):
+    """Weights that DeepSpeed must not see, updated beside it with the same clip factor."""
+
+    def square_norm(self) -> torch.Tensor:
+        """Sum of squares of this process's gradient, fp64."""
+
+    def step(self, lr: float, scale: float) -> None:
+        """Update with learning rate `lr` and the gradient times `scale`."""
+
+    def drop_gradient(self) -> None:
+        """Forget the gradient: the step is skipped everywhere."""
 
 
 class Engine:
-    """A model and its optimizer under DeepSpeed ZeRO 1 or 2.
+    """A model and its optimizer under DeepSpeed ZeRO 1, 2 or 3.
 
     DeepSpeed's own gradient accumulation is 1: megatron's schedule divides by the number of microbatches,
     and all backward passes of a step happen inside `accumulate()`, which reduces once at its end.
+
+    With weights outside (on the ranks that have some; `shares_norm` on all) the engine clips itself: one norm over
+    DeepSpeed's gradients and theirs, one factor for both.
     """
 
     def __init__(
@@ -60,7 +80,11 @@ class Engine:
         options: EngineOptions,
         groups: ParallelGroups,
         device: Device,
+        outside: OutsideOptimizer | None = None,
     ) -> None:
+        self.options, self.outside = options, outside
+        self._norm: float | None = None
+        self._device = device
         self.parameter_groups = [group for group in parameter_groups if group.parameters]
         # Compiling DeepSpeed's shared-memory collectives takes most of a minute and gloo does without.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -74,7 +98,7 @@ class Engine:
         )
         self._accumulator = GradientAccumulator(
             [p for group in self.parameter_groups if group.every_microbatch for p in group.parameters],
-            groups.tensor,
+            groups,
             widen=options.precision == "bf16" and options.accumulation > 1,
         )
 
@@ -97,6 +121,8 @@ class Engine:
     def group_grad_norm(self, name: str) -> float:
         """Norm of one parameter group's reduced gradient before clipping; after `accumulate`, before `step`."""
         optimizer = self._engine.optimizer
+        if not hasattr(optimizer, "get_grad_norm_direct") or self.options.zero_stage == 3:
+            return math.nan
         for index, group in enumerate(self.parameter_groups):
             if group.name == name:
                 norm = optimizer.get_grad_norm_direct(
@@ -113,12 +139,41 @@ class Engine:
         """
         for group, settings in zip(self._engine.optimizer.param_groups, self.parameter_groups, strict=True):
             group["lr"] = lr * settings.lr_multiplier
+        scale = self._clip_together() if self.options.shares_norm else 1.0
         self._engine.step()
-        return self._engine.was_step_applied()
+        applied = self._engine.was_step_applied()
+        if self.outside is not None:
+            if applied:
+                self.outside.step(lr, scale)
+            else:
+                self.outside.drop_gradient()
+        return applied
+
+    def _clip_together(self) -> float:
+        """Scale DeepSpeed's reduced gradients by the factor of the common norm; return the factor.
+
+        A norm that is not finite gives NaN, which DeepSpeed finds and skips: the step is skipped everywhere.
+        """
+        optimizer = self._engine.optimizer
+        square = torch.zeros((), dtype=torch.float64, device=self._device.torch_device)
+        if self.outside is not None:
+            square += self.outside.square_norm()
+        dist.all_reduce(square)
+        inside = float(optimizer.scaled_global_norm())  # -1 where it is not finite
+        self._norm = math.sqrt(inside**2 + float(square)) if inside >= 0 else math.inf
+        scale = 1.0
+        if not math.isfinite(self._norm):
+            self._norm, scale = math.inf, math.nan
+        elif self.options.clip_grad > 0:
+            scale = min(1.0, self.options.clip_grad / (self._norm + 1e-6))
+        for gradients in optimizer.averaged_gradients.values():
+            for gradient in gradients or []:
+                gradient.mul_(scale)
+        return scale
 
     def grad_norm(self) -> float:
         """Global norm before clipping of the step just made, over all parameters, each counted once."""
-        return float(self._engine.get_global_grad_norm())
+        return float(self._engine.get_global_grad_norm()) if self._norm is None else self._norm
 
     def master_weight(self, parameter: nn.Parameter) -> torch.Tensor:
         """Return the fp32 weight that the optimizer updates, whole over data parallelism; collective."""
@@ -163,7 +218,7 @@ def _deepspeed_config(options: EngineOptions, data_size: int) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": options.micro_batch_size,
         "gradient_accumulation_steps": 1,
         "train_batch_size": options.micro_batch_size * data_size,
-        "gradient_clipping": options.clip_grad,
+        "gradient_clipping": 0.0 if options.shares_norm else options.clip_grad,
         # Without the check DeepSpeed clips by a norm of -1 where the gradient is not finite.
         "bf16": {"enabled": options.precision == "bf16", "check_grad_overflow": True},
         # With fp32 here DeepSpeed 0.19 turns bf16 at stage 1 into another optimizer, without `accumulate`'s one

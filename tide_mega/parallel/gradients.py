@@ -4,9 +4,8 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
-from torch.distributed import ProcessGroup
 
-from tide_mega.parallel.groups import sum_over
+from tide_mega.parallel.groups import ParallelGroups, sum_over
 
 
 class GradientAccumulator:
@@ -17,10 +16,10 @@ class GradientAccumulator:
     """
 
     def __init__(
-        self, parameters: Iterable[nn.Parameter], tensor_group: ProcessGroup, *, widen: bool = False
+        self, parameters: Iterable[nn.Parameter], groups: ParallelGroups, *, widen: bool = False
     ) -> None:
         self._parameters = list(parameters)
-        self._tensor_group = tensor_group
+        self._groups = groups
         self._sums: dict[nn.Parameter, torch.Tensor] = {}
         self._hooks = []
         if widen:
@@ -37,26 +36,37 @@ class GradientAccumulator:
 
     def finish(self) -> None:
         """Leave each parameter's whole local gradient in `.grad`; after the last backward pass of a step."""
-        self._complete_partial()
+        self._complete_sequence_slices()
+        self._join_tied_copies()
         for parameter, total in self._sums.items():
             parameter.grad = total.to(parameter.dtype)
         self._sums.clear()
 
-    def _complete_partial(self) -> None:
+    def _complete_sequence_slices(self) -> None:
         """Add the parts that each tensor rank saw of the gradient of norms and routers.
 
         Under sequence parallelism these replicated parameters work on a slice of the sequence. Megatron's own
         optimizer adds the parts; DeepSpeed does not know them.
         """
-        partial = [p for p in self._parameters if getattr(p, "sequence_parallel", False)]
-        held = [(p, self._sums.get(p, p.grad)) for p in partial]
-        gradients = [gradient for _, gradient in held if gradient is not None]
-        if not gradients or self._tensor_group.size() == 1:
+        gradients = self._marked("sequence_parallel")
+        if not gradients or self._groups.tensor_size == 1:
             return
-        flat = sum_over(self._tensor_group, torch.cat([gradient.flatten().float() for gradient in gradients]))
+        flat = sum_over(self._groups.tensor, torch.cat([g.flatten().float() for g in gradients]))
         pieces = flat.split([gradient.numel() for gradient in gradients])
         for gradient, piece in zip(gradients, pieces, strict=True):
             gradient.copy_(piece.view_as(gradient))
+
+    def _join_tied_copies(self) -> None:
+        """Give the embedding and its copy on the last stage the sum of their gradients."""
+        if self._groups.embedding is None:
+            return
+        for gradient in self._marked("shared_embedding"):
+            sum_over(self._groups.embedding, gradient)
+
+    def _marked(self, attribute: str) -> list[torch.Tensor]:
+        marked = [p for p in self._parameters if getattr(p, attribute, False)]
+        held = [self._sums.get(p, p.grad) for p in marked]
+        return [gradient for gradient in held if gradient is not None]
 
     def close(self) -> None:
         """Remove the hooks."""

@@ -46,8 +46,10 @@ class ParallelGroups:
     pipeline: ProcessGroup
     model: ProcessGroup
     """Tensor x pipeline: all shards of one replica."""
+    embedding: ProcessGroup | None
+    """First and last stage, which hold copies of a tied embedding; None in between and without pipeline."""
     memory: ProcessGroup
-    """The owners of the memory tables: row shards lie along it in rank order."""
+    """On the first pipeline stage, the owners of the memory tables: row shards lie along it in rank order."""
 
     @property
     def tensor_rank(self) -> int:
@@ -58,6 +60,16 @@ class ParallelGroups:
     def tensor_size(self) -> int:
         """Tensor-parallel processes."""
         return self.tensor.size()
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this process holds the embedding, and the memory tables."""
+        return self.pipeline.rank() == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this process computes the loss."""
+        return self.pipeline.rank() == self.pipeline.size() - 1
 
     @property
     def data_rank(self) -> int:
@@ -94,16 +106,19 @@ def start_distributed(device: Device, world: World, timeout_minutes: float) -> N
     dist.init_process_group(device.backend, rank=world.rank, world_size=world.size, timeout=timeout)
 
 
-def make_groups(parallel: ParallelConfig, seed: int) -> ParallelGroups:
+def make_groups(parallel: ParallelConfig, seed: int, owners: str = "tensor") -> ParallelGroups:
     """Split the world into tensor, pipeline and data groups (megatron's order: tensor fastest).
 
-    A process that builds one model after another keeps its groups while their sizes stay the same.
+    `owners` is `memory.owners`: tensor or tensor_data. A process that builds one model after another keeps its
+    groups while their sizes stay the same.
     """
     if parallel_state.model_parallel_is_initialized() and not _sizes_are(parallel):
         _drop_groups()
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=parallel.tensor, pipeline_model_parallel_size=parallel.pipeline
+            tensor_model_parallel_size=parallel.tensor,
+            pipeline_model_parallel_size=parallel.pipeline,
+            virtual_pipeline_model_parallel_size=_chunks(parallel),
         )
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     return ParallelGroups(
@@ -112,7 +127,12 @@ def make_groups(parallel: ParallelConfig, seed: int) -> ParallelGroups:
         data=parallel_state.get_data_parallel_group(),
         pipeline=parallel_state.get_pipeline_model_parallel_group(),
         model=parallel_state.get_model_parallel_group(),
-        memory=parallel_state.get_tensor_model_parallel_group(),
+        embedding=_embedding_group(parallel),
+        memory=(
+            parallel_state.get_tensor_and_data_parallel_group()
+            if owners == "tensor_data"
+            else parallel_state.get_tensor_model_parallel_group()
+        ),
     )
 
 
@@ -120,8 +140,20 @@ def _sizes_are(parallel: ParallelConfig) -> bool:
     sizes = (
         parallel_state.get_tensor_model_parallel_world_size(),
         parallel_state.get_pipeline_model_parallel_world_size(),
+        parallel_state.get_virtual_pipeline_model_parallel_world_size(),
     )
-    return sizes == (parallel.tensor, parallel.pipeline)
+    return sizes == (parallel.tensor, parallel.pipeline, _chunks(parallel))
+
+
+def _chunks(parallel: ParallelConfig) -> int | None:
+    return parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
+
+
+def _embedding_group(parallel: ParallelConfig) -> ProcessGroup | None:
+    if parallel.pipeline == 1:
+        return None
+    group = parallel_state.get_embedding_group(check_initialized=False)
+    return group if group is not None and dist.get_rank() in dist.get_process_group_ranks(group) else None
 
 
 def _drop_groups() -> None:

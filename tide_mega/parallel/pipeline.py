@@ -1,6 +1,6 @@
 """Driving microbatches: the one door to megatron-core's pipeline schedules."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -15,7 +15,7 @@ ForwardStep = Callable[[Iterator[Any], nn.Module], tuple[Tensor, LossFunction]]
 def run_microbatches(
     forward_step: ForwardStep,
     microbatches: list[Any],
-    model: nn.Module,
+    chunks: Sequence[nn.Module],
     *,
     seq_length: int,
     forward_only: bool = False,
@@ -26,7 +26,8 @@ def run_microbatches(
         forward_step: takes the iterator and the model, returns the model's output and a function from the
             output to (loss, extras). Megatron divides that loss by the number of microbatches.
         microbatches: what the iterator yields, in order; the same number on every rank.
-        model: a megatron module (`config`, `set_input_tensor`), not the DeepSpeed engine.
+        chunks: this stage's megatron modules (`config`, `set_input_tensor`), not the DeepSpeed engine; more than one
+            with the interleaved schedule, where each is given its own iterator.
         seq_length: tokens of a sequence, the T of the tensors between stages.
         forward_only: evaluation, without a graph.
 
@@ -36,8 +37,8 @@ def run_microbatches(
     with cuda_means_cpu():
         return get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=iter(microbatches),
-            model=model,
+            data_iterator=[iter(microbatches) for _ in chunks],
+            model=list(chunks),
             num_microbatches=len(microbatches),
             seq_length=seq_length,
             micro_batch_size=microbatches[0].micro_batch_size,

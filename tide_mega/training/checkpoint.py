@@ -11,9 +11,11 @@ import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from tide_mega.config.errors import ConfigError
+from tide_mega.memory.owned import OwnedTables
 from tide_mega.parallel.engine import Engine
 
 log = logging.getLogger(__name__)
@@ -44,8 +46,8 @@ class TrainingState:
 class Checkpointer:
     """Keeps the newest checkpoints of a run; every method is collective."""
 
-    def __init__(self, folder: Path, engine: Engine, *, keep_last: int) -> None:
-        self.folder, self.engine, self.keep_last = folder, engine, keep_last
+    def __init__(self, folder: Path, engine: Engine, owned: OwnedTables | None, *, keep_last: int) -> None:
+        self.folder, self.engine, self.owned, self.keep_last = folder, engine, owned, keep_last
         self._writes = dist.get_rank() == 0
 
     def save(self, state: TrainingState) -> None:
@@ -58,6 +60,8 @@ class Checkpointer:
                 shutil.rmtree(leftover)
         dist.barrier()
         self.engine.save(self.folder, partial.name)
+        if self.owned is not None:
+            torch.save(self.owned.state(), partial / _owned_file())
         dist.barrier()
         if self._writes:
             (partial / STATE_FILE).write_text(json.dumps(asdict(state), indent=2) + "\n")
@@ -99,6 +103,8 @@ class Checkpointer:
                 "the shards that were skipped) back to what it was, or choose another run.name."
             )
         self.engine.load(self.folder, path.name)
+        if self.owned is not None:
+            self.owned.load_state(torch.load(path / _owned_file(), map_location="cpu", weights_only=True))
         log.info("resumed from %s: %d steps, %d sequences done", path, state.step, state.samples)
         return state
 
@@ -111,6 +117,10 @@ class Checkpointer:
             self.folder.rename(target)
             log.warning("checkpoint.resume=false: the checkpoints of the run before were moved to %s", target)
         dist.barrier()
+
+
+def _owned_file() -> str:
+    return f"tables-{dist.get_rank():05d}.pt"
 
 
 def _to_disk(folder: Path, *, contents: bool = True) -> None:

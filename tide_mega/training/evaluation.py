@@ -7,7 +7,7 @@ from tide_mega.config.schema import TideConfig
 from tide_mega.data.batch import TokenBatch
 from tide_mega.data.loader import validation_batches
 from tide_mega.data.stream import TokenStream
-from tide_mega.model.tide import TideModel
+from tide_mega.model.stage import TideStage
 from tide_mega.parallel.groups import ParallelGroups, sum_over
 from tide_mega.training.metrics import DecileLoss, NullWeight
 from tide_mega.training.records import EvalRecord
@@ -20,12 +20,12 @@ class Evaluator:
     def __init__(
         self,
         config: TideConfig,
-        model: TideModel,
+        stage: TideStage,
         held_out: TokenStream,
         bins_V: Tensor,
         groups: ParallelGroups,
     ) -> None:
-        self.config, self.model, self.held_out, self.groups = config, model, held_out, groups
+        self.config, self.stage, self.held_out, self.groups = config, stage, held_out, groups
         layers = config.model.num_layers if config.memory.num_blocks else 0
         self.deciles, self.null_weights = DecileLoss(bins_V), NullWeight(layers, bins_V)
         self.device: torch.device = bins_V.device
@@ -43,12 +43,14 @@ class Evaluator:
             dp_size=self.groups.data_size,
         )
         for batch in batches:
-            result = evaluate_batch(self.model, TokenBatch(*(x.to(self.device) for x in batch)))
+            result = evaluate_batch(self.stage, TokenBatch(*(x.to(self.device) for x in batch)))
+            if result.cross_entropy_BT is None:  # not the last stage: its sums stay 0
+                continue
             self.deciles.update(result.cross_entropy_BT, result.labels_BT)
             self.null_weights.update(result.null_weight_LBT, result.tokens_BT, result.labels_BT)
 
         def over_replicas(tensor: Tensor) -> Tensor:
-            return sum_over(self.groups.data, tensor)
+            return sum_over(self.groups.pipeline, sum_over(self.groups.data, tensor))
 
         return EvalRecord.of(
             step, tokens, self.deciles.reduce(over_replicas), self.null_weights.reduce(over_replicas)

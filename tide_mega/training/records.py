@@ -3,7 +3,7 @@
 Every loss is a mean cross entropy in nats per token; a null weight is a mean router weight from 0 to 1.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tide_mega.training.metrics import BySlot, DecileResult, NullWeightResult
 
@@ -35,6 +35,8 @@ class TrainRecord:
     """Training time left, in seconds."""
     null_weight_by_layer: list[float | None]
     """[L], over the tokens of this step; empty without memory."""
+    traffic: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Bytes rank 0 sent and received since the last log line, by kind (`tide_mega.memory.meter`)."""
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from tide_mega.data.batch import TokenBatch
-from tide_mega.memory.plan import plan_rows
-from tide_mega.model.memory import MemoryStep
-from tide_mega.model.tide import TideModel
+from tide_mega.memory.owned import Fetch
+from tide_mega.memory.plan import MemoryPlan, plan_rows
+from tide_mega.model.reading import MemoryReading
+from tide_mega.model.stage import TideStage
 from tide_mega.parallel.engine import Engine
 from tide_mega.parallel.pipeline import LossFunction, run_microbatches
 from tide_mega.training.loss import token_loss
@@ -42,24 +43,48 @@ class StepResult:
     tokens: Tensor
 
 
-def compute_gradients(engine: Engine, batches: list[TokenBatch], z_loss: float) -> StepResult:
+def compute_gradients(
+    engine: Engine,
+    batches: list[TokenBatch],
+    z_loss: float,
+    *,
+    window: int | None = None,
+    ahead: "Ahead | None" = None,
+) -> StepResult:
     """Run forward and backward of all microbatches of a step; leaves reduced gradients with the engine.
 
     The memory is read once before the schedule and its gradient returns once after it, so the schedule,
     recompute and the traffic between pipeline stages do not know that it exists.
+
+    Args:
+        engine: model and optimizer.
+        batches: this replica's microbatches, on every rank that shares the replica.
+        z_loss: weight of the z-loss.
+        window: microbatches served by one reading; None means all.
+        ahead: the first reading's rows, already under way.
     """
-    model: TideModel = engine.module
-    model.train()
+    stage: TideStage = engine.module
+    stage.train()
+    size = window or len(batches)
+    results: list[dict[str, Tensor]] = []
     with engine.accumulate():
-        microbatches, reading = _read_memory(model, batches, engine)
-        results = run_microbatches(
-            partial(_forward_step, call=engine, z_loss=z_loss),
-            microbatches,
-            model,
-            seq_length=batches[0].tokens_BT.size(1),
-        )
-        if reading is not None:
-            reading.send_gradients(model.groups.tensor, partial=model.config.sequence_parallel)
+        for first in range(0, len(batches), size):
+            served = batches[first : first + size]
+            microbatches, reading = _read_memory(stage, served, engine, ahead if first == 0 else None)
+            step = partial(_forward_step, call=engine, z_loss=z_loss, share=len(served) / len(batches))
+            results += run_microbatches(
+                step, microbatches, list(stage.chunks), seq_length=served[0].tokens_BT.size(1)
+            )
+            if reading is not None:
+                reading.send_gradients()
+    return _sums(results, batches[0].tokens_BT.device)
+
+
+def _sums(results: list[dict[str, Tensor]], device: torch.device) -> StepResult:
+    """Add up the microbatches; only the last pipeline stage has any."""
+    if not results:
+        zero = torch.zeros((), device=device)
+        return StepResult(zero, zero, zero)
     return StepResult(
         loss_sum=torch.stack([result["cross_entropy"].sum() for result in results]).sum(),
         z_square_sum=torch.stack([result["z_square"] for result in results]).sum(),
@@ -68,50 +93,74 @@ def compute_gradients(engine: Engine, batches: list[TokenBatch], z_loss: float) 
 
 
 @dataclass(frozen=True)
+class Ahead:
+    """A reading begun before its step: the plan, and rows under way where an owner sends them."""
+
+    plan: MemoryPlan
+    fetch: Fetch | None
+
+
+def read_ahead(stage: TideStage, batches: list[TokenBatch]) -> Ahead | None:
+    """Plan the next step's reading and start moving its rows; after the tables have been updated."""
+    if stage.num_blocks == 0:
+        return None
+    plan = plan_rows([batch.tokens_BT for batch in batches])
+    return Ahead(plan, stage.owned.fetch(plan.ids_U) if stage.owned is not None else None)
+
+
+@dataclass(frozen=True)
 class EvaluatedBatch:
     """Per-token results of one evaluated microbatch."""
 
     tokens_BT: Tensor
     labels_BT: Tensor
-    cross_entropy_BT: Tensor
+    cross_entropy_BT: Tensor | None
+    """None except on the last pipeline stage."""
     null_weight_LBT: Tensor | None
 
 
 @torch.no_grad()
-def evaluate_batch(model: TideModel, batch: TokenBatch) -> EvaluatedBatch:
+def evaluate_batch(stage: TideStage, batch: TokenBatch) -> EvaluatedBatch:
     """Run one microbatch forward, keeping every token's cross entropy and null-bank weights."""
-    model.eval()
-    model.board.null_weights_L = {} if model.memory is not None else None
-    microbatches, reading = _read_memory(model, [batch], model)
-    (result,) = run_microbatches(
-        partial(_forward_step, call=model, z_loss=0.0),
+    stage.eval()
+    stage.board.null_weights_L = {} if stage.num_blocks else None
+    microbatches, reading = _read_memory(stage, [batch], stage, None)
+    results = run_microbatches(
+        partial(_forward_step, call=stage, z_loss=0.0, share=1.0),
         microbatches,
-        model,
+        list(stage.chunks),
         seq_length=batch.tokens_BT.size(1),
         forward_only=True,
     )
     null_weight_LBT = None
     if reading is not None:
-        null_weight_LBT = model.null_weights()
+        null_weight_LBT = stage.null_weights()
         reading.close()
-    model.board.null_weights_L = None
-    return EvaluatedBatch(batch.tokens_BT, batch.labels_BT, result["cross_entropy"], null_weight_LBT)
+    stage.board.null_weights_L = None
+    cross_entropy = results[0]["cross_entropy"] if results else None
+    return EvaluatedBatch(batch.tokens_BT, batch.labels_BT, cross_entropy, null_weight_LBT)
 
 
 def _read_memory(
-    model: TideModel, batches: list[TokenBatch], call: "Engine | TideModel"
-) -> tuple[list[Microbatch], MemoryStep | None]:
-    if model.memory is None:
+    stage: TideStage, batches: list[TokenBatch], call: "Engine | TideStage", ahead: Ahead | None
+) -> tuple[list[Microbatch], MemoryReading | None]:
+    if stage.num_blocks == 0:
         return [Microbatch(*batch, None) for batch in batches], None
-    plan = plan_rows([batch.tokens_BT for batch in batches])
-    reading = MemoryStep(call(read_ids=plan.ids_U), model.board)
+    plan = ahead.plan if ahead else plan_rows([batch.tokens_BT for batch in batches])
+    reading = MemoryReading(stage, call, plan.ids_U, ahead.fetch if ahead else None)
     microbatches = [Microbatch(*batch, index) for batch, index in zip(batches, plan.index_MBT, strict=True)]
     return microbatches, reading
 
 
 def _forward_step(
-    microbatches: Iterator[Microbatch], _: nn.Module, *, call: "Engine | TideModel", z_loss: float
+    microbatches: Iterator[Microbatch],
+    chunk: nn.Module,
+    *,
+    call: "Engine | TideStage",
+    z_loss: float,
+    share: float,
 ) -> tuple[Tensor, LossFunction]:
     microbatch = next(microbatches)
-    output = call(microbatch.tokens_BT, microbatch.labels_BT, microbatch.index_BT)
-    return output, partial(token_loss, labels_BT=microbatch.labels_BT, z_loss=z_loss)
+    virtual = getattr(chunk, "vp_stage", None) or 0
+    output = call(virtual, microbatch.tokens_BT, microbatch.labels_BT, microbatch.index_BT)
+    return output, partial(token_loss, labels_BT=microbatch.labels_BT, z_loss=z_loss, share=share)

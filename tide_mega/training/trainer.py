@@ -11,15 +11,14 @@ from tide_mega.config.errors import ConfigError
 from tide_mega.config.schema import TideConfig
 from tide_mega.config.sizes import count_parameters, flops_per_token
 from tide_mega.config.validate import total_steps, validate
-from tide_mega.data.batch import TokenBatch
 from tide_mega.data.frequency import UNSEEN, DecileTable
-from tide_mega.data.loader import TrainBatches, train_batches
 from tide_mega.data.stream import TokenStream
-from tide_mega.model.tide import TideModel
+from tide_mega.model.stage import TideStage
 from tide_mega.model.weights import initialise
 from tide_mega.parallel.device import OPTIONAL_LIBRARIES, choose_device, detect_libraries, set_threads
 from tide_mega.parallel.engine import Engine, EngineOptions, optimizer_name
 from tide_mega.parallel.groups import World, make_groups, start_distributed, stop_distributed, sum_over
+from tide_mega.training.batches import StepBatches
 from tide_mega.training.checkpoint import Checkpointer, TrainingState
 from tide_mega.training.evaluation import Evaluator
 from tide_mega.training.jsonl import JsonlLogger
@@ -30,7 +29,7 @@ from tide_mega.training.progress import Progress
 from tide_mega.training.records import TrainRecord
 from tide_mega.training.runfolder import RunFolder, open_run_folder
 from tide_mega.training.schedule import learning_rate
-from tide_mega.training.step import StepResult, compute_gradients
+from tide_mega.training.step import Ahead, StepResult, compute_gradients, read_ahead
 from tide_mega.training.throughput import Throughput
 from tide_mega.training.wandb_logger import WandbLogger
 
@@ -77,7 +76,7 @@ class Trainer:
         self.config, self.world = config, world
         self.device = choose_device(config.cluster.device, world.local_rank)
         self.total_steps = total_steps(config)
-        self.groups = make_groups(config.parallel, config.trainer.seed)
+        self.groups = make_groups(config.parallel, config.trainer.seed, config.memory.owners)
         self.folder = open_run_folder(
             config, world_size=world.size, device=self.device.torch_device, writes=world.rank == 0
         )
@@ -85,7 +84,7 @@ class Trainer:
         self.engine = self._build_engine()
         self.evaluator = Evaluator(config, self.engine.module, self.held_out, self._bins(), self.groups)
         self.checkpoints = Checkpointer(
-            self.folder.checkpoints, self.engine, keep_last=config.checkpoint.keep_last
+            self.folder.checkpoints, self.engine, self.stage.owned, keep_last=config.checkpoint.keep_last
         )
         self.state = self._resume()
         self.loggers = self._open_loggers()
@@ -102,6 +101,11 @@ class Trainer:
         if world.rank == 0:
             values = [self.state.loss_sum, self.state.z_loss_sum, self.state.window_tokens]
             self.window += torch.tensor(values, dtype=torch.float64, device=self.device.torch_device)
+
+    @property
+    def stage(self) -> TideStage:
+        """This process's part of the model."""
+        return self.engine.module
 
     @property
     def tokens_per_step(self) -> int:
@@ -121,18 +125,24 @@ class Trainer:
             log.info("%s is complete: %d steps done, nothing to train", self.folder.path, state.step)
             return
         self.throughput.start(state.step)
+        batches = self.batches.next_step()
+        ahead: Ahead | None = None
         while state.step < self.total_steps:
             logged = self._is_due(state.step + 1, config.logging.every)
-            batches = [self._to_device(next(self.batches)) for _ in range(self.accumulation)]
-            self.engine.module.board.null_weights_L = {} if logged else None
-            result = compute_gradients(self.engine, batches, config.trainer.z_loss)
+            self.stage.board.null_weights_L = {} if logged else None
+            result = compute_gradients(
+                self.engine, batches, config.trainer.z_loss, window=config.memory.window, ahead=ahead
+            )
             self._add_to_window(result)
-            table_norm = self.engine.group_grad_norm(TABLES) if logged else 0.0
+            table_norm = self._table_norm() if logged else None
             lr = learning_rate(state.step, config.optim, self.total_steps)
             if not self.engine.step(lr):
                 raise DivergedError(f"the gradient is not finite at step {state.step + 1}: {ADVICE}")
             state.step += 1
             state.samples += config.trainer.global_batch_size
+            if state.step < self.total_steps:
+                batches = self.batches.next_step()
+                ahead = read_ahead(self.stage, batches) if config.memory.exchange_ahead else None
 
             if logged:
                 self._log(lr, table_norm)
@@ -155,21 +165,31 @@ class Trainer:
     def _tokens_done(self) -> int:
         return self.state.samples * self.config.data.seq_length
 
-    def _to_device(self, batch: tuple[Tensor, ...]) -> TokenBatch:
-        return TokenBatch(*(x.to(self.device.torch_device, non_blocking=True) for x in batch))
-
     def _add_to_window(self, result: StepResult) -> None:
         z_loss = self.config.trainer.z_loss * result.z_square_sum
         self.window += torch.stack([result.loss_sum.double(), z_loss.double(), result.tokens.double()])
 
     def _window_sums(self) -> list[float]:
         """Sum the window over data parallelism; the first moment of a step at which the host waits."""
-        sums = sum_over(self.groups.data, self.window.clone()).tolist()
+        window = sum_over(self.groups.pipeline, sum_over(self.groups.data, self.window.clone()))
+        sums = window.tolist()
         if not math.isfinite(sums[0] + sums[1]):
             raise DivergedError(f"the loss is not finite at step {self.state.step}: {ADVICE}")
         return sums
 
-    def _log(self, lr: float, table_norm: float) -> None:
+    def _table_norm(self) -> float | None:
+        """Norm of the tables' part of the gradient; None without memory, and where ZeRO-3 keeps it apart."""
+        if self.config.memory.num_blocks == 0 or self.config.parallel.zero_stage == 3:
+            return None
+        if self.config.memory.owners == "tensor":
+            return self.engine.group_grad_norm(TABLES)
+        square = torch.zeros((), dtype=torch.float64, device=self.device.torch_device)
+        if self.stage.owned is not None:
+            square += self.stage.owned.square_norm()
+        dist.all_reduce(square)
+        return math.sqrt(float(square))
+
+    def _log(self, lr: float, table_norm: float | None) -> None:
         loss_sum, z_loss_sum, tokens = self._window_sums()
         self.window.zero_()
         reading = self.throughput.read(self.state.step)
@@ -180,20 +200,20 @@ class Trainer:
                 loss=loss_sum / tokens,
                 z_loss=z_loss_sum / tokens,
                 grad_norm=self.engine.grad_norm(),
-                grad_norm_tables=table_norm if self.config.memory.num_blocks else None,
+                grad_norm_tables=table_norm,
                 lr=lr,
                 null_weight_by_layer=self._null_weights(),
+                traffic=self.stage.meter.read(),
                 **asdict(reading),
             )
         )
 
     def _null_weights(self) -> list[float | None]:
         """Mean null-bank weight of each layer over the tokens of the step."""
-        model: TideModel = self.engine.module
-        if model.memory is None:
+        if self.stage.num_blocks == 0:
             return []
-        means_L = model.null_weights().float().mean(dim=(1, 2))
-        model.board.null_weights_L = None
+        means_L = self.stage.null_weights().float().mean(dim=(1, 2))
+        self.stage.board.null_weights_L = None
         return (sum_over(self.groups.data, means_L) / self.groups.data_size).tolist()
 
     def _save(self) -> None:
@@ -220,7 +240,7 @@ class Trainer:
 
     def _build_engine(self) -> Engine:
         config = self.config
-        model = TideModel(config, self.groups, self.device.torch_device)
+        model = TideStage(config, self.groups, self.device.torch_device)
         initialise(model, config.model, config.memory, config.trainer.seed)
         model.to(self.device.torch_device)
         options = EngineOptions(
@@ -229,9 +249,10 @@ class Trainer:
             clip_grad=config.optim.clip_grad,
             micro_batch_size=config.trainer.micro_batch_size,
             accumulation=self.accumulation,
+            shares_norm=config.memory.num_blocks > 0 and config.memory.owners == "tensor_data",
         )
         groups = parameter_groups(model, config.optim)
-        engine = Engine(model, groups, config.optim, options, self.groups, self.device)
+        engine = Engine(model, groups, config.optim, options, self.groups, self.device, model.owned)
         self._describe()
         return engine
 
@@ -248,9 +269,10 @@ class Trainer:
             config.memory.num_blocks,
         )
         log.info(
-            "%d processes (tensor %d, data %d) on %s, %d threads each; ZeRO-%d, %s, %s",
+            "%d processes (tensor %d, pipeline %d, data %d) on %s, %d threads each; ZeRO-%d, %s, %s",
             self.world.size,
             self.groups.tensor_size,
+            self.groups.pipeline.size(),
             self.groups.data_size,
             self.device.name,
             torch.get_num_threads(),
@@ -284,6 +306,8 @@ class Trainer:
     def _resume(self) -> TrainingState:
         topology = {
             "parallel.tensor": self.groups.tensor_size,
+            "parallel.pipeline": self.groups.pipeline.size(),
+            "parallel.virtual_pipeline": self.config.parallel.virtual_pipeline,
             "parallel.zero_stage": self.config.parallel.zero_stage,
             "data-parallel size": self.groups.data_size,
         }
@@ -307,17 +331,15 @@ class Trainer:
         resumed = self.state.step if self.state.step else None
         return Loggers([JsonlLogger(self.folder.metrics, resumed), Progress(self.total_steps), wandb_logger])
 
-    def _open_batches(self) -> TrainBatches:
-        trainer = self.config.trainer
-        return train_batches(
+    def _open_batches(self) -> StepBatches:
+        return StepBatches(
+            self.config,
             self.stream,
-            seed=self.config.data.seed,
+            self.groups,
+            self.device.torch_device,
+            self.stage.meter,
             first_sample=self.state.samples,
-            global_batch_size=trainer.global_batch_size,
-            micro_batch_size=trainer.micro_batch_size,
-            dp_rank=self.groups.data_rank,
-            dp_size=self.groups.data_size,
-            num_workers=self.config.data.num_workers,
+            accumulation=self.accumulation,
         )
 
     def _peak(self) -> float | None:

@@ -1,0 +1,145 @@
+"""Tables whose rows each have one owner among tensor x data: fetched, updated and kept by it alone.
+
+Shapes: V vocabulary, W rows owned here, U distinct types of this replica's step, S rows of this process's share
+of them, K blocks, D width.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from tide_mega.config.schema import OptimConfig
+from tide_mega.memory.meter import TrafficMeter
+from tide_mega.memory.route import PendingRows, Route
+from tide_mega.parallel.groups import ParallelGroups
+
+
+@dataclass
+class Fetch:
+    """A reading under way: the route stays for the gradients' way back."""
+
+    route: Route
+    pending: PendingRows
+    distinct: int
+    """U: rows of the whole replica's step."""
+
+
+class OwnedTables:
+    """The fp32 master rows [W, K, D] and AdamW moments of this owner.
+
+    Dense AdamW semantics: every row decays and every moment fades in every step, as in the paper's optimizer.
+    A replica's tensor ranks each ask for an equal share of its rows and gather the shares; data parallelism
+    needs no reduction of tables at all.
+    """
+
+    def __init__(
+        self,
+        num_blocks: int,
+        vocab_size: int,
+        width: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        optim: OptimConfig,
+        groups: ParallelGroups,
+        meter: TrafficMeter,
+    ) -> None:
+        self.groups, self.group, self.meter, self.dtype = groups, groups.memory, meter, dtype
+        self.rows = vocab_size // self.group.size()
+        self.master_WKD = torch.zeros(self.rows, num_blocks, width, device=device, requires_grad=True)
+        self.gradient_WKD = torch.zeros_like(self.master_WKD, requires_grad=False)
+        decay = optim.weight_decay if optim.table_weight_decay is None else optim.table_weight_decay
+        self.multiplier = optim.table_lr_multiplier
+        self.optimizer = torch.optim.AdamW(
+            [self.master_WKD],
+            lr=optim.lr,
+            betas=(optim.beta1, optim.beta2),
+            eps=optim.eps,
+            weight_decay=decay,
+            fused=True,
+        )
+
+    @property
+    def first_row(self) -> int:
+        """Row of the whole table that the shard begins with."""
+        return self.group.rank() * self.rows
+
+    def fetch(self, ids_U: Tensor) -> Fetch:
+        """Ask for the replica's distinct ids and start moving rows; collective over the owners.
+
+        Raises:
+            IndexError: an id is outside the tables.
+        """
+        vocabulary = self.rows * self.group.size()
+        if ids_U.numel() and (int(ids_U[0]) < 0 or int(ids_U[-1]) >= vocabulary):
+            raise IndexError(
+                f"token ids span {int(ids_U[0])}..{int(ids_U[-1])}, but the memory tables have {vocabulary} rows: "
+                "the data was tokenised with a larger vocabulary than model.vocab_size."
+            )
+        first, last = share(ids_U.numel(), self.groups.tensor)
+        route = Route.plan(ids_U[first:last], self.rows, self.group, self.meter)
+        owned_QKD = self.master_WKD.detach()[route.rows_Q].to(self.dtype)
+        return Fetch(route, route.fetch(owned_QKD, self.meter), ids_U.numel())
+
+    def rows_of(self, fetch: Fetch) -> Tensor:
+        """Return the rows [U, K, D] a fetch brought, the whole replica's, in the model's dtype."""
+        rows_SKD = fetch.pending.wait()
+        members = self.groups.tensor_size
+        if members == 1:
+            return rows_SKD
+        each = math.ceil(fetch.distinct / members)
+        padded = rows_SKD.new_zeros(each, *rows_SKD.shape[1:])
+        padded[: len(rows_SKD)] = rows_SKD
+        whole = padded.new_empty(each * members, *padded.shape[1:])
+        dist.all_gather_into_tensor(whole, padded, group=self.groups.tensor)
+        self.meter.add_gather("rows", whole, members)
+        return whole[: fetch.distinct]
+
+    def add_gradient(self, fetch: Fetch, grad_UKD: Tensor) -> None:
+        """Take a replica's whole gradient of its rows (equal on its tensor ranks) home and add it up in fp32."""
+        first, last = share(fetch.distinct, self.groups.tensor)
+        received = fetch.route.give_back(grad_UKD[first:last], self.meter)
+        for rows_R, grad_RKD in received:
+            # Distinct rows for each member, members in order: deterministic, no atomics.
+            self.gradient_WKD[rows_R] += grad_RKD.float() / self.groups.data_size
+
+    def square_norm(self) -> Tensor:
+        """Sum of squares of the gradient of the rows owned here, fp64."""
+        return self.gradient_WKD.square().sum(dtype=torch.float64)
+
+    def step(self, lr: float, scale: float) -> None:
+        """Update every row with the gradient times `scale` (the global clip factor)."""
+        self.optimizer.param_groups[0]["lr"] = lr * self.multiplier
+        self.master_WKD.grad = self.gradient_WKD.mul_(scale)
+        self.optimizer.step()
+        self.drop_gradient()
+
+    def drop_gradient(self) -> None:
+        """Forget the gradient; a step that is skipped leaves the rows as they are."""
+        self.master_WKD.grad = None
+        self.gradient_WKD.zero_()
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything a resumed owner needs."""
+        moments = self.optimizer.state.get(self.master_WKD, {})
+        return {"master": self.master_WKD.detach(), **{k: moments[k] for k in moments}}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Continue from what `state` gave on the same owner."""
+        with torch.no_grad():
+            self.master_WKD.copy_(state["master"])
+        moments = {name: value for name, value in state.items() if name != "master"}
+        if moments:
+            device = self.master_WKD.device
+            self.optimizer.state[self.master_WKD] = {k: v.to(device) for k, v in moments.items()}
+
+
+def share(count: int, group: ProcessGroup) -> tuple[int, int]:
+    """Return this member's part of `count` rows: equal parts, the last ones shorter or empty."""
+    each = math.ceil(count / group.size())
+    first = min(group.rank() * each, count)
+    return first, min(first + each, count)

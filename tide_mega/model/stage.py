@@ -1,0 +1,105 @@
+"""What one process holds of the model: its chunks of the transformer, and on the first stage the memory.
+
+Shapes: B sequences, T tokens, U distinct types, K blocks, D width, L layers.
+"""
+
+import torch
+from megatron.core import tensor_parallel
+from torch import Tensor, nn
+
+from tide_mega.config.schema import TideConfig
+from tide_mega.memory.meter import TrafficMeter
+from tide_mega.memory.owned import OwnedTables
+from tide_mega.model.memory import EmbeddingMemory, MemoryBoard
+from tide_mega.model.spec import transformer_config
+from tide_mega.model.tide import TideChunk
+from tide_mega.parallel.groups import ParallelGroups
+from tide_mega.parallel.megatron_cpu import cuda_means_cpu
+
+
+class TideStage(nn.Module):
+    """One pipeline stage of one tensor shard: the module DeepSpeed's engine holds.
+
+    `chunks` are megatron models (one, or several with the interleaved schedule); `memory` is there on the first
+    stage when K > 0; `owned` holds tables that DeepSpeed must not see, because each row has one owner.
+    """
+
+    def __init__(self, config: TideConfig, groups: ParallelGroups, device: torch.device) -> None:
+        super().__init__()
+        model, memory = config.model, config.memory
+        self.groups = groups
+        self.board = MemoryBoard()
+        self.meter = TrafficMeter()
+        self.num_layers, self.num_blocks = model.num_layers, memory.num_blocks
+        self.block_shape = (memory.num_blocks, model.hidden_size)
+        self.sequence_parallel = config.parallel.sequence_parallel
+        megatron_config = transformer_config(model, config.parallel, config.trainer.precision, device)
+        self.dtype: torch.dtype = megatron_config.params_dtype
+        with cuda_means_cpu():
+            self.chunks = nn.ModuleList(
+                TideChunk(config, megatron_config, self.board, groups, virtual)
+                for virtual in range(config.parallel.virtual_pipeline)
+            )
+        self.memory: EmbeddingMemory | None = None
+        self.owned: OwnedTables | None = None
+        if memory.num_blocks and groups.is_first_stage:
+            outside = memory.owners == "tensor_data"
+            self.memory = EmbeddingMemory(
+                memory.num_blocks,
+                model.vocab_size,
+                model.hidden_size,
+                model.norm_eps,
+                None if outside else groups.memory,
+            ).to(self.dtype)
+            if outside:
+                self.owned = OwnedTables(
+                    memory.num_blocks,
+                    model.vocab_size,
+                    model.hidden_size,
+                    dtype=self.dtype,
+                    device=device,
+                    optim=config.optim,
+                    groups=groups,
+                    meter=self.meter,
+                )
+
+    def forward(
+        self,
+        chunk: int = 0,
+        tokens_BT: Tensor | None = None,
+        labels_BT: Tensor | None = None,
+        index_BT: Tensor | None = None,
+        *,
+        read_ids: Tensor | None = None,
+        rows_UKD: Tensor | None = None,
+    ) -> Tensor:
+        """Run one microbatch through a chunk, or with `read_ids` [U] read the memory.
+
+        Returns:
+            What `TideChunk.forward` returns; or M [U, K, D].
+        """
+        if read_ids is not None:
+            if self.memory is None:
+                raise RuntimeError("this stage has no memory to read")
+            return self.memory(read_ids, rows_UKD)
+        return self.chunks[chunk](tokens_BT, labels_BT, index_BT)
+
+    def null_weights(self) -> Tensor:
+        """Return the null-bank weights the layers of all stages left on their boards [L, B, T]; collective.
+
+        Whole sequences; B counts those of all microbatches since the board began to record.
+        """
+        recorded = self.board.null_weights_L or {}
+        slices = {layer: torch.cat(null, dim=1) for layer, null in recorded.items()}
+        like_SB = next(iter(slices.values()))
+        whole_LSB = like_SB.new_zeros(self.num_layers, *like_SB.shape)
+        for layer, null_SB in slices.items():
+            whole_LSB[layer] = null_SB
+        if self.groups.pipeline.size() > 1:
+            torch.distributed.all_reduce(whole_LSB, group=self.groups.pipeline)
+        if self.sequence_parallel:
+            whole_SLB = tensor_parallel.gather_from_sequence_parallel_region(
+                whole_LSB.transpose(0, 1).contiguous(), group=self.groups.tensor
+            )
+            whole_LSB = whole_SLB.transpose(0, 1)
+        return whole_LSB.transpose(1, 2)
