@@ -25,6 +25,13 @@ def test_every_experiment_composes_validates_and_records_its_name(name):
     assert config.run.name == f"{config.model.name}-k{config.memory.num_blocks}"
 
 
+@pytest.mark.parametrize("parallel", [name for group, name in OPTIONS if group == "parallel"])
+def test_every_topology_runs_every_paper_model_on_eight_nodes(parallel):
+    for name in EXPERIMENTS:
+        if "demo" not in name:
+            compose([f"experiment={name}", f"parallel={parallel}"], world_size=64)
+
+
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_every_option_composes_and_has_a_comment_that_says_what_it_is(group, option):
     compose([f"{group}={option}"], validate=False)

@@ -13,7 +13,7 @@ CASES = [
     # overrides, world size, words that the sentence has
     (["model.num_attention_heads=30"], None, ["model.hidden_size=2048", "30", "2040 or 2070"]),
     (["model.hidden_size=96"], None, ["model.num_attention_heads=32", "3 channels", "even"]),
-    (["model.num_query_groups=5"], None, ["model.num_query_groups=5", "1, 2, 4, 8, 16, 32"]),
+    (["model.num_query_groups=5"], None, ["model.num_query_groups=5", "1, 2, 4, 8, 16 or 32"]),
     (["memory.num_blocks=65"], None, ["memory.num_blocks=65", "0 to 64"]),
     (["memory.width=1024"], None, ["memory.width=1024", "model.hidden_size=2048", "null or 2048"]),
     (["parallel.tensor=3"], None, ["parallel.tensor=3", "num_attention_heads=32", "1, 2, 4 or 8"]),
@@ -24,12 +24,8 @@ CASES = [
         ["parallel.tensor=4", "ffn_hidden_size=3586", "1 or 2"],
     ),
     (["parallel.tensor=4", "model.vocab_size=128253"], None, ["model.vocab_size=128253", "128256"]),
-    (["parallel.pipeline=5"], None, ["parallel.pipeline=5", "model.num_layers=24"]),
-    (["parallel.pipeline=2"], None, ["parallel.pipeline=2", "pipeline=1"]),
     (["parallel.sequence_parallel=true"], None, ["parallel.sequence_parallel=true", "parallel.tensor=2"]),
     (["parallel=tp8", "data.seq_length=2044"], None, ["data.seq_length=2044", "2048"]),
-    (["parallel.zero_stage=0"], None, ["parallel.zero_stage=0", "Adam's step twice", "use 1"]),
-    (["parallel.zero_stage=3"], None, ["parallel.zero_stage=3", "1 or 2"]),
     (["trainer.max_steps=5"], None, ["trainer.max_steps=5", "trainer.max_tokens=200000000000", "null"]),
     (["trainer.max_tokens=null"], None, ["trainer.max_steps=null", "max_steps or max_tokens"]),
     (["optim.init_lr=1e-3"], None, ["optim.init_lr=0.001", "optim.lr=0.0001"]),
@@ -57,7 +53,7 @@ CASES = [
     ),
     (["trainer.global_batch_size=32"], 8, ["trainer.global_batch_size=32", "use 64"]),
     (["cluster=h100", "memory=k24"], 1, ["cluster.memory_gb=80", "117.6 GB", "num_blocks=24", "1 device"]),
-    (["cluster=h100", "memory=k24", "model=3b"], 4, ["cluster.memory_gb=80", "parallel.tensor="]),
+    (["cluster=h100", "memory=k24", "model=3b"], 4, ["cluster.memory_gb=80", "memory.owners=tensor_data"]),
 ]
 
 
@@ -125,14 +121,6 @@ def test_an_unset_value_is_named():
 )
 def test_what_can_run_is_let_through(overrides, world_size):
     compose(overrides, world_size=world_size)
-
-
-def test_the_remedy_named_for_memory_does_fit():
-    with pytest.raises(ConfigError) as refusal:
-        compose(["cluster=h100", "memory=k24", "model=3b"], world_size=4)
-    remedy = [word for word in str(refusal.value).split() if word.startswith("parallel.")]
-    assert remedy
-    compose(["cluster=h100", "memory=k24", "model=3b", *remedy], world_size=4)
 
 
 def test_total_steps_rounds_tokens_up_to_whole_steps():

@@ -62,3 +62,31 @@ def test_bf16_with_fp32_master_weights_errs_as_the_reference_in_bf16_does(pools,
         assert deviation.loss < 1e-2, deviation
         assert deviation.norm < 3e-2, deviation
         assert max(deviation.tensors.values()) < 1.5, deviation
+
+
+TOPOLOGY_CASES = [
+    Case(pipeline=2, num_blocks=0),
+    Case(pipeline=2, num_blocks=3, accumulation=4),
+    Case(pipeline=2, num_blocks=3, tie_embeddings=False),
+    Case(pipeline=2, virtual_pipeline=2, num_blocks=3, accumulation=4),
+    Case(data=2, owners="tensor_data"),
+    Case(data=2, owners="tensor_data", window=1, accumulation=4),
+    Case(data=2, owners="tensor_data", ahead=True, table_lr_multiplier=3.0),
+    Case(tensor=2, owners="tensor_data", sequence_parallel=True),
+    Case(num_blocks=3, window=2, accumulation=4),
+    Case(num_blocks=3, ahead=True),
+    Case(data=2, zero_stage=3, num_blocks=0, tie_embeddings=False),
+    Case(data=2, zero_stage=3, num_blocks=3),
+    Case(pipeline=2, data=2, owners="tensor_data", zero_stage=2),
+    Case(pipeline=2, data=2, num_blocks=8, recompute="full", accumulation=4),
+    Case(tensor=2, pipeline=2, sequence_parallel=True, num_blocks=3),
+    Case(tensor=2, data=2, owners="tensor_data", sequence_parallel=True, recompute="selective"),
+    Case(pipeline=4, num_blocks=3, accumulation=4),
+]
+
+
+@pytest.mark.parametrize("case", TOPOLOGY_CASES, ids=str)
+def test_other_topologies_train_as_the_reference(pools, case, record_property):
+    for deviation in pools(case.world).run(compare_training, case):
+        record_property("worst", deviation.worst())
+        assert deviation.worst() < FP32, deviation

@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-TIMEOUT_SECONDS = 180
+TIMEOUT_SECONDS = 90
 
 
 class WorkerError(AssertionError):

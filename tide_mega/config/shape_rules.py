@@ -1,18 +1,39 @@
-"""Rules on sizes that must divide each other, and on what fits a device."""
+"""Rules on sizes that must divide each other, on what the engines run together, and on what fits a device."""
 
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from itertools import product
 
 from tide_mega.config.errors import ConfigError, refuse
 from tide_mega.config.schema import TideConfig
-from tide_mega.config.sizes import bytes_per_device, data_parallel_size
+from tide_mega.config.sizes import bytes_per_device, data_parallel_size, microbatches_per_step
 
 MAX_BLOCKS = 64
+REFUSED_ZERO3: tuple[tuple[str, Callable[[TideConfig], bool], str], ...] = (
+    (
+        "parallel.pipeline",
+        lambda config: config.parallel.pipeline > 1,
+        "where a check of DeepSpeed's broadcasts to every stage and hangs",
+    ),
+    (
+        "memory.owners",
+        lambda config: config.memory.owners == "tensor_data",
+        "whose own optimizer cannot share ZeRO-3's clip factor",
+    ),
+)
+"""What ZeRO-3 does not run with: a key, when its value is meant, and why."""
 
 
-def _divisors_up_to_8(*numbers: int) -> str:
-    divisors = [str(n) for n in range(1, 9) if all(number % n == 0 for number in numbers)]
-    return divisors[0] if len(divisors) == 1 else f"{', '.join(divisors[:-1])} or {divisors[-1]}"
+def _either(values: Iterable[object]) -> str:
+    *most, last = [str(value) for value in values]
+    return f"{', '.join(most)} or {last}" if most else last
+
+
+def _divisors(*numbers: int) -> list[int]:
+    """Return the common divisors, ascending."""
+    common = math.gcd(*numbers)
+    return [n for n in range(1, common + 1) if common % n == 0]
 
 
 def check_model(config: TideConfig) -> None:
@@ -34,12 +55,11 @@ def check_model(config: TideConfig) -> None:
             "choose a head count that leaves an even head size",
         )
     if heads % model.num_query_groups:
-        allowed = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
         refuse(
             "model.num_query_groups",
             model.num_query_groups,
             f"does not divide model.num_attention_heads={heads}",
-            f"use one of {allowed}",
+            f"use {_either(_divisors(heads))}",
         )
     if memory.num_blocks > MAX_BLOCKS:
         refuse("memory.num_blocks", memory.num_blocks, "is too many", f"use 0 to {MAX_BLOCKS}")
@@ -54,33 +74,23 @@ def check_model(config: TideConfig) -> None:
 
 def check_parallel(config: TideConfig) -> None:
     """Refuse shapes that do not divide over the parallel groups, and combinations the engines refuse."""
-    model, parallel = config.model, config.parallel
-    tensor = parallel.tensor
-    shared = (model.num_attention_heads, model.num_query_groups, model.ffn_hidden_size)
-    for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
-        if getattr(model, name) % tensor:
-            refuse(
-                "parallel.tensor",
-                tensor,
-                f"does not divide model.{name}={getattr(model, name)}",
-                f"use {_divisors_up_to_8(*shared)}",
-            )
-    if model.vocab_size % tensor:
-        refuse(
-            "model.vocab_size",
-            model.vocab_size,
-            f"does not divide over parallel.tensor={tensor}",
-            f"pad it to {math.ceil(model.vocab_size / tensor) * tensor}",
-        )
-    if model.num_layers % parallel.pipeline:
-        refuse(
-            "parallel.pipeline",
-            parallel.pipeline,
-            f"does not divide model.num_layers={model.num_layers}",
-            f"use {_divisors_up_to_8(model.num_layers)}",
-        )
-    if parallel.pipeline > 1:
-        refuse("parallel.pipeline", parallel.pipeline, "is not supported", "this version runs pipeline=1")
+    _check_tensor(config)
+    _check_pipeline(config)
+    _check_zero(config)
+
+
+def _check_tensor(config: TideConfig) -> None:
+    model, parallel, tensor = config.model, config.parallel, config.parallel.tensor
+    shared = {
+        name: getattr(model, name) for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size")
+    }
+    for name, size in shared.items():
+        if size % tensor:
+            remedy = f"use {_either(n for n in _divisors(*shared.values()) if n <= 8)}"
+            refuse("parallel.tensor", tensor, f"does not divide model.{name}={size}", remedy)
+    if (rows := model.vocab_size) % tensor:
+        remedy = f"pad it to {math.ceil(rows / tensor) * tensor}"
+        refuse("model.vocab_size", rows, f"does not divide over parallel.tensor={tensor}", remedy)
     if parallel.sequence_parallel and tensor == 1:
         refuse(
             "parallel.sequence_parallel",
@@ -88,22 +98,52 @@ def check_parallel(config: TideConfig) -> None:
             "shards over the tensor-parallel group, and parallel.tensor=1",
             "use parallel.tensor=2 or more, or sequence_parallel=false",
         )
-    if parallel.sequence_parallel and config.data.seq_length % tensor:
+    if parallel.sequence_parallel and (length := config.data.seq_length) % tensor:
+        why = f"does not divide over parallel.tensor={tensor} with sequence_parallel"
+        refuse("data.seq_length", length, why, f"use {math.ceil(length / tensor) * tensor}")
+
+
+def _check_pipeline(config: TideConfig) -> None:
+    layers, pipeline = config.model.num_layers, config.parallel.pipeline
+    chunks = config.parallel.virtual_pipeline
+    if chunks > 1 and pipeline == 1:
         refuse(
-            "data.seq_length",
-            config.data.seq_length,
-            f"does not divide over parallel.tensor={tensor} with sequence_parallel",
-            f"use {math.ceil(config.data.seq_length / tensor) * tensor}",
+            "parallel.virtual_pipeline",
+            chunks,
+            "interleaves the chunks of several stages, and parallel.pipeline=1",
+            "use virtual_pipeline=1, or parallel.pipeline=2 or more",
         )
-    if parallel.zero_stage == 0:
-        why = "counts Adam's step twice in bf16 and clips by a wrong norm in fp32"
-        refuse("parallel.zero_stage", 0, why, "use 1, also on one process")
-    if parallel.zero_stage not in (1, 2):
-        refuse("parallel.zero_stage", parallel.zero_stage, "is not supported", "use 1 or 2")
+    if layers % pipeline:
+        near = [n for n in _divisors(layers) if layers % (n * chunks) == 0 and (n > 1 or chunks == 1)]
+        remedy = _either(near) if near else f"{_either(_divisors(layers))} with virtual_pipeline=1"
+        refuse("parallel.pipeline", pipeline, f"does not divide model.num_layers={layers}", f"use {remedy}")
+    if layers % (pipeline * chunks):
+        refuse(
+            "parallel.virtual_pipeline",
+            chunks,
+            f"does not divide the {layers // pipeline} layers of each stage (model.num_layers={layers} over "
+            f"parallel.pipeline={pipeline})",
+            f"use {_either(_divisors(layers // pipeline))}",
+        )
+
+
+def _check_zero(config: TideConfig) -> None:
+    stage = config.parallel.zero_stage
+    if stage == 0:
+        why = "counts Adam's step twice in bf16 and clips by a wrong norm in fp32 with a pipeline"
+        refuse("parallel.zero_stage", 0, why, "use 1, which at data-parallel size 1 costs nothing")
+    refused = [(key, why) for key, is_meant, why in REFUSED_ZERO3 if is_meant(config)]
+    if stage not in (1, 2, 3):
+        refuse("parallel.zero_stage", stage, "does not exist", f"use {'1 or 2' if refused else '1, 2 or 3'}")
+    if stage == 3 and refused:
+        key, why = refused[0]
+        group, name = key.split(".")
+        value = getattr(getattr(config, group), name)
+        refuse("parallel.zero_stage", 3, f"does not run with {key}={value}, {why}", "use 1 or 2")
 
 
 def check_world(config: TideConfig, world_size: int) -> None:
-    """Refuse a number of processes that the parallel sizes or the batch do not divide over."""
+    """Refuse a number of processes that the parallel sizes, the batch or the tables do not divide over."""
     model_size = config.parallel.tensor * config.parallel.pipeline
     if world_size % model_size:
         refuse(
@@ -112,16 +152,51 @@ def check_world(config: TideConfig, world_size: int) -> None:
             f"times parallel.pipeline={config.parallel.pipeline} does not divide {world_size} process(es)",
             f"start a multiple of {model_size} processes",
         )
-    replicas, micro = data_parallel_size(config, world_size), config.trainer.micro_batch_size
-    batch, unit = config.trainer.global_batch_size, micro * replicas
-    if batch % unit:
-        near = f"{batch // unit * unit} or {(batch // unit + 1) * unit}" if batch > unit else str(unit)
+    _check_batch(config, world_size)
+    _check_window(config, world_size)
+    owners, rows = config.parallel.tensor * data_parallel_size(config, world_size), config.model.vocab_size
+    if config.memory.num_blocks and config.memory.owners == "tensor_data" and rows % owners:
         refuse(
-            "trainer.global_batch_size",
-            batch,
-            f"is not a multiple of micro_batch_size={micro} times {replicas} data-parallel rank(s)",
-            f"use {near}, or another trainer.micro_batch_size",
+            "model.vocab_size",
+            rows,
+            f"does not divide over the {owners} owners (tensor x data) of memory.owners=tensor_data",
+            f"pad it to {math.ceil(rows / owners) * owners}, or use memory.owners=tensor",
         )
+
+
+def _check_batch(config: TideConfig, world_size: int) -> None:
+    """Refuse a batch that is not whole microbatches, or not as many as the pipeline schedule needs."""
+    replicas, micro = data_parallel_size(config, world_size), config.trainer.micro_batch_size
+    why = f"is not a multiple of micro_batch_size={micro} times {replicas} data-parallel rank(s)"
+    unit, remedy = micro * replicas, "or another trainer.micro_batch_size"
+    if config.parallel.virtual_pipeline > 1:
+        stages = config.parallel.pipeline
+        unit, remedy = unit * stages, "or parallel.virtual_pipeline=1"
+        why += f" times parallel.pipeline={stages}, as the interleaved schedule needs"
+    batch = config.trainer.global_batch_size
+    if batch % unit:
+        near = _either([n for n in (batch // unit * unit, (batch // unit + 1) * unit) if n])
+        refuse("trainer.global_batch_size", batch, why, f"use {near}, {remedy}")
+
+
+def _check_window(config: TideConfig, world_size: int) -> None:
+    """Refuse windows that do not fill a step, or that the pipeline schedule or the early exchange cannot run."""
+    window, step = config.memory.window, microbatches_per_step(config, world_size)
+    if window is None or window == step:
+        return
+    if config.memory.exchange_ahead and window < step:
+        why = f"reaches a step's first window alone, and memory.window={window} of its {step} microbatches"
+        refuse("memory.exchange_ahead", "true", why, "use memory.window=null, or exchange_ahead=false")
+    interleaved = config.parallel.virtual_pipeline > 1
+    unit = config.parallel.pipeline if interleaved else 1
+    allowed = [n for n in _divisors(step) if n % unit == 0]
+    if window in allowed:
+        return
+    near = [*[n for n in allowed if n < window][-1:], *[n for n in allowed if n > window][:1], "null"]
+    why = f"does not divide the {step} microbatch(es) that a data-parallel rank has in a step"
+    if step % window == 0:
+        why = f"is not a multiple of parallel.pipeline={unit}, as the interleaved schedule needs"
+    refuse("memory.window", window, why, f"use {_either(near)}")
 
 
 def check_memory_fit(config: TideConfig, world_size: int) -> None:
@@ -131,19 +206,43 @@ def check_memory_fit(config: TideConfig, world_size: int) -> None:
         return
     raise ConfigError(
         f"cluster.memory_gb={limit:g} is less than the {needed:.1f} GB that weights, gradients and optimizer "
-        f"state of model={config.model.name} with memory.num_blocks={config.memory.num_blocks} need on each "
-        f"of {world_size} device(s): {_fitting_remedy(config, world_size, limit)}."
+        f"state of model={config.model.name} with memory.num_blocks={config.memory.num_blocks} need on the "
+        f"fullest of {world_size} device(s): {_fitting_remedy(config, world_size, limit)}."
     )
 
 
 def _fitting_remedy(config: TideConfig, world_size: int, limit: float) -> str:
-    model = config.model
-    shared = (model.num_attention_heads, model.num_query_groups, model.ffn_hidden_size, model.vocab_size)
-    for tensor in (1, 2, 4, 8):
-        if world_size % tensor or any(number % tensor for number in shared):
-            continue
-        for stage in (1, 2):
-            parallel = replace(config.parallel, tensor=tensor, zero_stage=stage)
-            if bytes_per_device(replace(config, parallel=parallel), world_size) / 1e9 <= limit:
-                return f"parallel.tensor={tensor} with parallel.zero_stage={stage} would fit"
-    return "use more devices, fewer memory blocks, a wider parallel.tensor or a smaller model"
+    """Return the fewest changes of topology that fit and that every other rule allows."""
+    now, widths = config.parallel, (1, 2, 4, 8)
+    remedies = []
+    for tensor, pipeline, stage, owners in product(
+        {now.tensor, *widths},
+        {now.pipeline, *widths},
+        (1, 2, 3),
+        {config.memory.owners, "tensor_data"} if config.memory.num_blocks else {config.memory.owners},
+    ):
+        candidate = replace(
+            config,
+            parallel=replace(now, tensor=tensor, pipeline=pipeline, zero_stage=stage),
+            memory=replace(config.memory, owners=owners),
+        )
+        if _is_allowed(candidate, world_size) and bytes_per_device(candidate, world_size) / 1e9 <= limit:
+            changes = [
+                *([f"memory.owners={owners}"] if owners != config.memory.owners else []),
+                *([f"parallel.tensor={tensor}"] if tensor != now.tensor else []),
+                *([f"parallel.pipeline={pipeline}"] if pipeline != now.pipeline else []),
+                *([f"parallel.zero_stage={stage}"] if stage != now.zero_stage else []),
+            ]
+            remedies.append((len(changes), pipeline, tensor, stage, " with ".join(changes)))
+    if not remedies:
+        return "use more devices, fewer memory blocks or a smaller model"
+    return f"{min(remedies)[-1]} would fit"
+
+
+def _is_allowed(config: TideConfig, world_size: int) -> bool:
+    try:
+        check_parallel(config)
+        check_world(config, world_size)
+    except ConfigError:
+        return False
+    return True

@@ -14,6 +14,7 @@ from tide_mega.config.schema import TideConfig
 from tide_mega.config.shape_rules import check_memory_fit, check_model, check_parallel, check_world
 
 CHOICES = {
+    "memory.owners": ("tensor", "tensor_data"),
     "parallel.recompute": ("none", "selective", "full"),
     "trainer.precision": ("bf16", "fp32"),
     "data.on_bad_shard": ("fail", "skip"),
@@ -24,10 +25,11 @@ CHOICES = {
 POSITIVE = (
     *("model.num_layers", "model.hidden_size", "model.ffn_hidden_size", "model.num_attention_heads"),
     *("model.num_query_groups", "model.vocab_size", "model.rope_theta", "model.norm_eps"),
-    *("parallel.tensor", "parallel.pipeline", "optim.lr", "optim.eps", "optim.decay_steps"),
+    *("parallel.tensor", "parallel.pipeline", "parallel.virtual_pipeline", "memory.width", "memory.window"),
+    *("optim.lr", "optim.eps", "optim.decay_steps"),
     *("data.seq_length", "trainer.max_steps", "trainer.max_tokens", "trainer.global_batch_size"),
     *("trainer.micro_batch_size", "checkpoint.keep_last", "logging.every", "cluster.peak_tflops"),
-    *("cluster.memory_gb", "cluster.threads", "cluster.timeout_minutes", "memory.width"),
+    *("cluster.memory_gb", "cluster.threads", "cluster.timeout_minutes"),
 )
 NOT_NEGATIVE = (
     *("model.init_std", "memory.num_blocks", "memory.table_init_std", "memory.router_init_std"),
@@ -52,7 +54,8 @@ def validate(config: TideConfig, world_size: int | None = None) -> None:
 
     Args:
         config: the whole configuration.
-        world_size: processes of the run; None leaves out what depends on it (batch division, memory fit).
+        world_size: processes of the run; None leaves out what depends on it (batch, windows, owners'
+            shares, memory fit).
 
     Raises:
         ConfigError: one sentence that names the key, the value and what would do.

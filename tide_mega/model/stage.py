@@ -42,6 +42,11 @@ class TideStage(nn.Module):
             )
         self.memory: EmbeddingMemory | None = None
         self.owned: OwnedTables | None = None
+        self.absent_tables: nn.Parameter | None = None
+        """Stands for the tables on stages without them: DeepSpeed's norm is one collective for each group of
+        parameters, so every stage must have the same groups. It stays 0."""
+        if memory.num_blocks and memory.owners == "tensor" and not groups.is_first_stage:
+            self.absent_tables = nn.Parameter(torch.zeros(1, dtype=self.dtype))
         if memory.num_blocks and groups.is_first_stage:
             outside = memory.owners == "tensor_data"
             self.memory = EmbeddingMemory(

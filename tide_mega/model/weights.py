@@ -57,6 +57,8 @@ def local_tensors(stage: TideStage, config: ModelConfig, fetch: Fetch) -> Iterat
         if chunk.output_weight is not None:
             name = "embedding.weight" if config.tie_embeddings else "output.weight"
             yield chunk.output_weight, fetch(name, *tensor.slice(V))
+    if stage.absent_tables is not None:
+        yield stage.absent_tables, torch.zeros(1)
     if stage.memory is not None:
         owner = Shard(stage.groups.memory.rank(), stage.groups.memory.size())
         blocks = range(stage.num_blocks)

@@ -26,8 +26,8 @@ def run_microbatches(
         forward_step: takes the iterator and the model, returns the model's output and a function from the
             output to (loss, extras). Megatron divides that loss by the number of microbatches.
         microbatches: what the iterator yields, in order; the same number on every rank.
-        chunks: this stage's megatron modules (`config`, `set_input_tensor`), not the DeepSpeed engine; more than one
-            with the interleaved schedule, where each is given its own iterator.
+        chunks: this stage's megatron modules (`config`, `set_input_tensor`), not the DeepSpeed engine; more
+            than one with the interleaved schedule, where each is given its own iterator.
         seq_length: tokens of a sequence, the T of the tensors between stages.
         forward_only: evaluation, without a graph.
 

@@ -12,7 +12,7 @@ def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[ParameterGrou
     """Split into matrices (decayed), gains of norms (never decayed) and memory tables (own settings)."""
     matrices, gains, tables = [], [], []
     for name, parameter in model.named_parameters():
-        if name.endswith("tables_WKD"):
+        if name.endswith(("tables_WKD", "absent_tables")):
             tables.append(parameter)
         elif parameter.ndim == 1 or name.endswith("gains_KD"):
             gains.append(parameter)

@@ -5,6 +5,7 @@ import math
 from dataclasses import asdict
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from tide_mega.config.errors import ConfigError
