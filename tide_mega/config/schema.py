@@ -53,8 +53,9 @@ class MemoryConfig:
     """Microbatches served by one reading of the memory; null means all of a step. Smaller where the rows of a
     whole step would not fit."""
     exchange_ahead: bool = False
-    """Fetch the next step's rows as soon as the tables have been updated, while the step ends (logging,
-    evaluation, checkpoint), instead of at the start of the next."""
+    """Plan the next step's reading at the end of a step instead of at the start of the next, and with
+    owners=tensor_data also start moving its rows, as soon as the tables have been updated: they travel while
+    the step ends (logging, evaluation, checkpoint). Dense AdamW changes every row, so not sooner."""
 
 
 @dataclass

@@ -21,6 +21,11 @@ REFUSED_ZERO3: tuple[tuple[str, Callable[[TideConfig], bool], str], ...] = (
         lambda config: config.memory.owners == "tensor_data",
         "whose own optimizer cannot share ZeRO-3's clip factor",
     ),
+    (
+        "parallel.tensor",
+        lambda config: config.parallel.tensor > 1 and (config.checkpoint.every > 0 or config.checkpoint.at_end),
+        "whose checkpoints DeepSpeed writes and does not load again",
+    ),
 )
 """What ZeRO-3 does not run with: a key, when its value is meant, and why."""
 
@@ -154,14 +159,6 @@ def check_world(config: TideConfig, world_size: int) -> None:
         )
     _check_batch(config, world_size)
     _check_window(config, world_size)
-    owners, rows = config.parallel.tensor * data_parallel_size(config, world_size), config.model.vocab_size
-    if config.memory.num_blocks and config.memory.owners == "tensor_data" and rows % owners:
-        refuse(
-            "model.vocab_size",
-            rows,
-            f"does not divide over the {owners} owners (tensor x data) of memory.owners=tensor_data",
-            f"pad it to {math.ceil(rows / owners) * owners}, or use memory.owners=tensor",
-        )
 
 
 def _check_batch(config: TideConfig, world_size: int) -> None:

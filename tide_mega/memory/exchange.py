@@ -53,10 +53,18 @@ def gather_rows(shard_WKD: Tensor, ids_U: Tensor, group: ProcessGroup) -> Tensor
     Raises:
         IndexError: an id is outside the tables.
     """
-    vocabulary = shard_WKD.size(0) * group.size()
-    if ids_U.numel() and (int(ids_U[0]) < 0 or int(ids_U[-1]) >= vocabulary):
+    check_ids(ids_U, shard_WKD.size(0) * group.size())
+    return _GatherRows.apply(shard_WKD, ids_U, group)
+
+
+def check_ids(ids_U: Tensor, vocab_size: int) -> None:
+    """Refuse ascending ids that the tables do not have.
+
+    Raises:
+        IndexError: naming the span of the ids and the rows of the tables.
+    """
+    if ids_U.numel() and (int(ids_U[0]) < 0 or int(ids_U[-1]) >= vocab_size):
         raise IndexError(
-            f"token ids span {int(ids_U[0])}..{int(ids_U[-1])}, but the memory tables have {vocabulary} rows: "
+            f"token ids span {int(ids_U[0])}..{int(ids_U[-1])}, but the memory tables have {vocab_size} rows: "
             "the data was tokenised with a larger vocabulary than model.vocab_size."
         )
-    return _GatherRows.apply(shard_WKD, ids_U, group)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from tide_mega.config.schema import OptimConfig
+from tide_mega.memory.exchange import check_ids
 from tide_mega.memory.meter import TrafficMeter
 from tide_mega.memory.route import PendingRows, Route
 from tide_mega.parallel.groups import ParallelGroups
@@ -49,7 +50,8 @@ class OwnedTables:
         meter: TrafficMeter,
     ) -> None:
         self.groups, self.group, self.meter, self.dtype = groups, groups.memory, meter, dtype
-        self.rows = vocab_size // self.group.size()
+        self.vocab_size = vocab_size
+        self.rows = math.ceil(vocab_size / self.group.size())
         self.master_WKD = torch.zeros(self.rows, num_blocks, width, device=device, requires_grad=True)
         self.gradient_WKD = torch.zeros_like(self.master_WKD, requires_grad=False)
         decay = optim.weight_decay if optim.table_weight_decay is None else optim.table_weight_decay
@@ -63,25 +65,15 @@ class OwnedTables:
             fused=True,
         )
 
-    @property
-    def first_row(self) -> int:
-        """Row of the whole table that the shard begins with."""
-        return self.group.rank() * self.rows
-
     def fetch(self, ids_U: Tensor) -> Fetch:
         """Ask for the replica's distinct ids and start moving rows; collective over the owners.
 
         Raises:
             IndexError: an id is outside the tables.
         """
-        vocabulary = self.rows * self.group.size()
-        if ids_U.numel() and (int(ids_U[0]) < 0 or int(ids_U[-1]) >= vocabulary):
-            raise IndexError(
-                f"token ids span {int(ids_U[0])}..{int(ids_U[-1])}, but the memory tables have {vocabulary} rows: "
-                "the data was tokenised with a larger vocabulary than model.vocab_size."
-            )
+        check_ids(ids_U, self.vocab_size)
         first, last = share(ids_U.numel(), self.groups.tensor)
-        route = Route.plan(ids_U[first:last], self.rows, self.group, self.meter)
+        route = Route.plan(ids_U[first:last], self.group, self.meter)
         owned_QKD = self.master_WKD.detach()[route.rows_Q].to(self.dtype)
         return Fetch(route, route.fetch(owned_QKD, self.meter), ids_U.numel())
 

@@ -68,6 +68,11 @@ class TideStage(nn.Module):
                     meter=self.meter,
                 )
 
+    @property
+    def transformers(self) -> list[TideChunk]:
+        """The chunks, with their type."""
+        return [chunk for chunk in self.chunks if isinstance(chunk, TideChunk)]
+
     def forward(
         self,
         chunk: int = 0,

@@ -47,7 +47,7 @@ def local_tensors(stage: TideStage, config: ModelConfig, fetch: Fetch) -> Iterat
     """
     tensor = Shard(stage.groups.tensor_rank, stage.groups.tensor_size)
     D, V = config.hidden_size, config.vocab_size
-    for chunk in stage.chunks:
+    for chunk in stage.transformers:
         if chunk.pre_process:
             yield chunk.embedding.word_embeddings.weight, fetch("embedding.weight", *tensor.slice(V))
         for layer in chunk.decoder.layers:
@@ -60,13 +60,29 @@ def local_tensors(stage: TideStage, config: ModelConfig, fetch: Fetch) -> Iterat
     if stage.absent_tables is not None:
         yield stage.absent_tables, torch.zeros(1)
     if stage.memory is not None:
-        owner = Shard(stage.groups.memory.rank(), stage.groups.memory.size())
+        yield _tables(stage, V, fetch)
         blocks = range(stage.num_blocks)
-        first, last = owner.slice(V)
-        tables = stage.memory.tables_WKD if stage.owned is None else stage.owned.master_WKD
-        assert tables is not None
-        yield tables, torch.stack([fetch(f"memory.tables.{k}", first, last) for k in blocks], dim=1)
         yield stage.memory.gains_KD, torch.stack([fetch(f"memory.gains.{k}", 0, D) for k in blocks])
+
+
+def _tables(stage: TideStage, vocab_size: int, fetch: Fetch) -> tuple[Tensor, Tensor]:
+    """Contiguous rows of a tensor shard; or every n-th row of an owner, 0 beyond the vocabulary."""
+    group, blocks = stage.groups.memory, range(stage.num_blocks)
+    if stage.owned is None:
+        assert stage.memory is not None and stage.memory.tables_WKD is not None
+        first, last = Shard(group.rank(), group.size()).slice(vocab_size)
+        rows = [fetch(f"memory.tables.{k}", first, last) for k in blocks]
+        return stage.memory.tables_WKD, torch.stack(rows, dim=1)
+    master_WKD = stage.owned.master_WKD
+    values_WKD = torch.zeros_like(master_WKD, requires_grad=False, device="cpu")
+    for k in blocks:
+        row = 0
+        for first in range(0, vocab_size, ROW_BLOCK):
+            block_RD = fetch(f"memory.tables.{k}", first, min(first + ROW_BLOCK, vocab_size))
+            own_RD = block_RD[(group.rank() - first) % group.size() :: group.size()]
+            values_WKD[row : row + len(own_RD), k] = own_RD
+            row += len(own_RD)
+    return master_WKD, values_WKD
 
 
 def _layer_tensors(

@@ -1,17 +1,20 @@
 """Held-out loss per frequency decile, and the null bank's weight per layer and decile."""
 
+from collections.abc import Iterator
+from itertools import islice
+
 import torch
 from torch import Tensor
 
 from tide_mega.config.schema import TideConfig
-from tide_mega.data.batch import TokenBatch
+from tide_mega.data.batch import IGNORE_LABEL, TokenBatch
 from tide_mega.data.loader import validation_batches
 from tide_mega.data.stream import TokenStream
 from tide_mega.model.stage import TideStage
 from tide_mega.parallel.groups import ParallelGroups, sum_over
 from tide_mega.training.metrics import DecileLoss, NullWeight
 from tide_mega.training.records import EvalRecord
-from tide_mega.training.step import evaluate_batch
+from tide_mega.training.step import evaluate_batches
 
 
 class Evaluator:
@@ -42,12 +45,12 @@ class Evaluator:
             dp_rank=self.groups.data_rank,
             dp_size=self.groups.data_size,
         )
-        for batch in batches:
-            result = evaluate_batch(self.stage, TokenBatch(*(x.to(self.device) for x in batch)))
-            if result.cross_entropy_BT is None:  # not the last stage: its sums stay 0
-                continue
-            self.deciles.update(result.cross_entropy_BT, result.labels_BT)
-            self.null_weights.update(result.null_weight_LBT, result.tokens_BT, result.labels_BT)
+        for group in self._groups_of(batches):
+            for result in evaluate_batches(self.stage, group):
+                if result.cross_entropy_BT is None:  # not the last stage: its sums stay 0
+                    continue
+                self.deciles.update(result.cross_entropy_BT, result.labels_BT)
+                self.null_weights.update(result.null_weight_LBT, result.tokens_BT, result.labels_BT)
 
         def over_replicas(tensor: Tensor) -> Tensor:
             return sum_over(self.groups.pipeline, sum_over(self.groups.data, tensor))
@@ -55,3 +58,11 @@ class Evaluator:
         return EvalRecord.of(
             step, tokens, self.deciles.reduce(over_replicas), self.null_weights.reduce(over_replicas)
         )
+
+    def _groups_of(self, batches: Iterator[TokenBatch]) -> Iterator[list[TokenBatch]]:
+        """Take microbatches one by one, or one for each stage, the last group filled up with unlabelled ones."""
+        size = self.groups.pipeline.size() if self.config.parallel.virtual_pipeline > 1 else 1
+        while group := [TokenBatch(*(x.to(self.device) for x in batch)) for batch in islice(batches, size)]:
+            first = group[0]
+            filler = TokenBatch(first.tokens_BT, torch.full_like(first.labels_BT, IGNORE_LABEL))
+            yield group + [filler] * (size - len(group))

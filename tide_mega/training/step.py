@@ -120,25 +120,32 @@ class EvaluatedBatch:
 
 
 @torch.no_grad()
-def evaluate_batch(stage: TideStage, batch: TokenBatch) -> EvaluatedBatch:
-    """Run one microbatch forward, keeping every token's cross entropy and null-bank weights."""
+def evaluate_batches(stage: TideStage, batches: list[TokenBatch]) -> list[EvaluatedBatch]:
+    """Run microbatches forward, keeping every token's cross entropy and null-bank weights.
+
+    The interleaved schedule takes as many microbatches at a time as there are stages.
+    """
     stage.eval()
     stage.board.null_weights_L = {} if stage.num_blocks else None
-    microbatches, reading = _read_memory(stage, [batch], stage, None)
+    microbatches, reading = _read_memory(stage, batches, stage, None)
     results = run_microbatches(
         partial(_forward_step, call=stage, z_loss=0.0, share=1.0),
         microbatches,
         list(stage.chunks),
-        seq_length=batch.tokens_BT.size(1),
+        seq_length=batches[0].tokens_BT.size(1),
         forward_only=True,
     )
-    null_weight_LBT = None
+    null_weights: list[Tensor | None] = [None] * len(batches)
     if reading is not None:
-        null_weight_LBT = stage.null_weights()
+        null_weights = list(stage.null_weights().split(batches[0].tokens_BT.size(0), dim=1))
         reading.close()
     stage.board.null_weights_L = None
-    cross_entropy = results[0]["cross_entropy"] if results else None
-    return EvaluatedBatch(batch.tokens_BT, batch.labels_BT, cross_entropy, null_weight_LBT)
+    losses: list[Tensor | None] = [result["cross_entropy"] for result in results]
+    losses = losses or [None] * len(batches)
+    return [
+        EvaluatedBatch(*batch, loss, null)
+        for batch, loss, null in zip(batches, losses, null_weights, strict=True)
+    ]
 
 
 def _read_memory(

@@ -30,6 +30,7 @@ from tide_mega.training.progress import Progress
 from tide_mega.training.records import TrainRecord
 from tide_mega.training.runfolder import RunFolder, open_run_folder
 from tide_mega.training.schedule import learning_rate
+from tide_mega.training.schedule_traffic import count_step
 from tide_mega.training.step import Ahead, StepResult, compute_gradients, read_ahead
 from tide_mega.training.throughput import Throughput
 from tide_mega.training.wandb_logger import WandbLogger
@@ -135,6 +136,7 @@ class Trainer:
                 self.engine, batches, config.trainer.z_loss, window=config.memory.window, ahead=ahead
             )
             self._add_to_window(result)
+            count_step(self.stage.meter, self.stage, config, self.accumulation)
             table_norm = self._table_norm() if logged else None
             lr = learning_rate(state.step, config.optim, self.total_steps)
             if not self.engine.step(lr):
@@ -306,6 +308,7 @@ class Trainer:
 
     def _resume(self) -> TrainingState:
         topology = {
+            "memory.owners=tensor_data": int(self.config.memory.owners == "tensor_data"),
             "parallel.tensor": self.groups.tensor_size,
             "parallel.pipeline": self.groups.pipeline.size(),
             "parallel.virtual_pipeline": self.config.parallel.virtual_pipeline,
