@@ -66,7 +66,7 @@ def test_torchrun_with_two_replicas_has_the_single_process_losses(tiny_data, tmp
     finish(command(tiny_data, tmp_path / "one", *overrides))
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
     output = finish(command(tiny_data, tmp_path / "two", *overrides, launcher=torchrun))
-    assert "2 processes (tensor 1, data 2)" in output
+    assert "2 processes (tensor 1, pipeline 1, data 2)" in output
     alone, together = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert [x[:2] for x in together] == [x[:2] for x in alone]
     assert [x[2] for x in together] == pytest.approx([x[2] for x in alone], rel=1e-5)

@@ -25,6 +25,7 @@ TRAIN = TrainRecord(
     tokens_per_second=12_345.0,
     mfu=None,
     step_seconds=0.25,
+    traffic={"row gradients": {"sent": 12, "received": 34}},
     eta_seconds=60.0,
     null_weight_by_layer=[0.2, 0.25],
 )
@@ -150,6 +151,8 @@ def test_names_of_the_charts() -> None:
         "lr": 1e-4,
         "throughput/tokens_per_second": 12_345.0,
         "throughput/step_seconds": 0.25,
+        "traffic/row_gradients_sent": 12,
+        "traffic/row_gradients_received": 34,
         "null_weight/layer_00": 0.2,
         "null_weight/layer_01": 0.25,
     }

@@ -6,31 +6,25 @@ from dataclasses import asdict
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from tide_mega.config.errors import ConfigError
 from tide_mega.config.schema import TideConfig
-from tide_mega.config.sizes import count_parameters, flops_per_token
+from tide_mega.config.sizes import flops_per_token
 from tide_mega.config.validate import total_steps, validate
-from tide_mega.data.frequency import UNSEEN, DecileTable
-from tide_mega.data.stream import TokenStream
 from tide_mega.model.stage import TideStage
-from tide_mega.model.weights import initialise
-from tide_mega.parallel.device import OPTIONAL_LIBRARIES, choose_device, detect_libraries, set_threads
-from tide_mega.parallel.engine import Engine, EngineOptions, optimizer_name
+from tide_mega.parallel.device import choose_device, set_threads
 from tide_mega.parallel.groups import World, make_groups, start_distributed, stop_distributed, sum_over
 from tide_mega.training.batches import StepBatches
 from tide_mega.training.checkpoint import Checkpointer, TrainingState
 from tide_mega.training.evaluation import Evaluator
 from tide_mega.training.jsonl import JsonlLogger
 from tide_mega.training.loggers import Loggers
-from tide_mega.training.optimizer import TABLES, parameter_groups
-from tide_mega.training.peak import describe_peak, peak_tflops
+from tide_mega.training.optimizer import TABLES
 from tide_mega.training.progress import Progress
 from tide_mega.training.records import TrainRecord
 from tide_mega.training.runfolder import RunFolder, open_run_folder
 from tide_mega.training.schedule import learning_rate
 from tide_mega.training.schedule_traffic import count_step
+from tide_mega.training.setup import build_engine, decile_bins, describe, device_peak, open_stream
 from tide_mega.training.step import Ahead, StepResult, compute_gradients, read_ahead
 from tide_mega.training.throughput import Throughput
 from tide_mega.training.wandb_logger import WandbLogger
@@ -82,12 +76,17 @@ class Trainer:
         self.folder = open_run_folder(
             config, world_size=world.size, device=self.device.torch_device, writes=world.rank == 0
         )
-        self.stream, self.held_out = (self._open(split) for split in ("train", "validation"))
-        self.engine = self._build_engine()
-        self.evaluator = Evaluator(config, self.engine.module, self.held_out, self._bins(), self.groups)
+        self.stream, self.held_out = (
+            open_stream(config, split, is_quiet=world.rank != 0) for split in ("train", "validation")
+        )
+        self.engine = build_engine(config, self.groups, self.device, self.accumulation)
+        bins_V = decile_bins(config).to(self.device.torch_device)
+        self.evaluator = Evaluator(config, self.stage, self.held_out, bins_V, self.groups)
         self.checkpoints = Checkpointer(
             self.folder.checkpoints, self.engine, self.stage.owned, keep_last=config.checkpoint.keep_last
         )
+        if world.rank == 0:
+            describe(config, self.groups, self.device, self.stream, self.held_out)
         self.state = self._resume()
         self.loggers = self._open_loggers()
         self.batches = self._open_batches()
@@ -95,7 +94,7 @@ class Trainer:
             tokens_per_step=self.tokens_per_step,
             flops_per_token=flops_per_token(config.model, config.memory, config.data.seq_length),
             devices=world.size,
-            peak_tflops=self._peak(),
+            peak_tflops=device_peak(config, self.device, is_quiet=world.rank != 0),
             total_steps=self.total_steps,
         )
         # [cross entropy, weighted z-loss, tokens] since the last log line, on this rank.
@@ -224,88 +223,6 @@ class Trainer:
         self.state.window_tokens = int(tokens)
         self.checkpoints.save(self.state)
 
-    def _open(self, split: str) -> TokenStream:
-        data = self.config.data
-        stream = TokenStream.open(
-            data.path,
-            split,
-            data.seq_length,
-            verify=data.verify,
-            on_bad_shard=data.on_bad_shard,
-            logger=log if self.world.rank == 0 else logging.getLogger("tide_mega.silent"),
-        )
-        if stream.vocab_size > self.config.model.vocab_size:
-            raise ConfigError(
-                f"model.vocab_size={self.config.model.vocab_size} is smaller than the vocabulary of {data.path}, "
-                f"{stream.vocab_size}: set model.vocab_size to {stream.vocab_size} or more."
-            )
-        return stream
-
-    def _build_engine(self) -> Engine:
-        config = self.config
-        model = TideStage(config, self.groups, self.device.torch_device)
-        initialise(model, config.model, config.memory, config.trainer.seed)
-        model.to(self.device.torch_device)
-        options = EngineOptions(
-            zero_stage=config.parallel.zero_stage,
-            precision=config.trainer.precision,
-            clip_grad=config.optim.clip_grad,
-            micro_batch_size=config.trainer.micro_batch_size,
-            accumulation=self.accumulation,
-            shares_norm=config.memory.num_blocks > 0 and config.memory.owners == "tensor_data",
-        )
-        groups = parameter_groups(model, config.optim)
-        engine = Engine(model, groups, config.optim, options, self.groups, self.device, model.owned)
-        self._describe()
-        return engine
-
-    def _describe(self) -> None:
-        """Log what is about to run, once."""
-        if self.world.rank != 0:
-            return
-        config, count = self.config, count_parameters(self.config.model, self.config.memory)
-        log.info(
-            "%s: %s parameters in the base model, %s in %d memory blocks",
-            config.run.name,
-            f"{count.base:,}",
-            f"{count.total - count.base:,}",
-            config.memory.num_blocks,
-        )
-        log.info(
-            "%d processes (tensor %d, pipeline %d, data %d) on %s, %d threads each; ZeRO-%d, %s, %s",
-            self.world.size,
-            self.groups.tensor_size,
-            self.groups.pipeline.size(),
-            self.groups.data_size,
-            self.device.name,
-            torch.get_num_threads(),
-            config.parallel.zero_stage,
-            config.trainer.precision,
-            optimizer_name(self.device),
-        )
-        found = detect_libraries()
-        log.info(
-            "optional libraries: %s",
-            "; ".join(
-                f"{name} {found[name] or 'absent'} ({use})" for name, (_, use) in OPTIONAL_LIBRARIES.items()
-            ),
-        )
-        log.info(
-            "%s: %s training tokens, %s held out; %d steps of %s tokens",
-            config.data.path,
-            f"{self.stream.num_tokens:,}",
-            f"{self.held_out.num_tokens:,}",
-            self.total_steps,
-            f"{self.tokens_per_step:,}",
-        )
-
-    def _bins(self) -> Tensor:
-        """Decile of each token type of the model's vocabulary; types beyond the tokenizer's are unseen."""
-        bins_V = torch.full((self.config.model.vocab_size,), UNSEEN, dtype=torch.int8)
-        known = torch.from_numpy(DecileTable.load(self.config.data.path).bin_of_type)
-        bins_V[: known.numel()] = known
-        return bins_V.to(self.device.torch_device)
-
     def _resume(self) -> TrainingState:
         topology = {
             "memory.owners=tensor_data": int(self.config.memory.owners == "tensor_data"),
@@ -345,12 +262,3 @@ class Trainer:
             first_sample=self.state.samples,
             accumulation=self.accumulation,
         )
-
-    def _peak(self) -> float | None:
-        precision = self.config.trainer.precision
-        peak = self.config.cluster.peak_tflops or peak_tflops(self.device.name, precision)
-        if self.world.rank == 0:
-            log.info(
-                describe_peak(self.device.name, peak, configured=self.config.cluster.peak_tflops is not None)
-            )
-        return peak

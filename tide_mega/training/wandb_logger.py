@@ -150,6 +150,8 @@ def train_metrics(record: TrainRecord) -> dict[str, float]:
         "throughput/step_seconds": record.step_seconds,
         **_by_layer("null_weight", record.null_weight_by_layer),
     }
+    for kind, moved in record.traffic.items():
+        named |= {f"traffic/{kind.replace(' ', '_')}_{way}": count for way, count in moved.items()}
     return _without_none(named)
 
 

@@ -1,0 +1,121 @@
+"""What a training run is built from: streams, model under its engine, deciles, and what is said of them."""
+
+import logging
+
+import torch
+from torch import Tensor
+
+from tide_mega.config.errors import ConfigError
+from tide_mega.config.schema import TideConfig
+from tide_mega.config.sizes import count_parameters
+from tide_mega.config.validate import total_steps
+from tide_mega.data.frequency import UNSEEN, DecileTable
+from tide_mega.data.stream import TokenStream
+from tide_mega.model.stage import TideStage
+from tide_mega.model.weights import initialise
+from tide_mega.parallel.device import OPTIONAL_LIBRARIES, Device, detect_libraries
+from tide_mega.parallel.engine import Engine, EngineOptions, optimizer_name
+from tide_mega.parallel.groups import ParallelGroups
+from tide_mega.training.optimizer import parameter_groups
+from tide_mega.training.peak import describe_peak, peak_tflops
+
+log = logging.getLogger(__name__)
+
+
+def open_stream(config: TideConfig, split: str, *, is_quiet: bool) -> TokenStream:
+    """Open a split of `data.path`; shards that are skipped are named unless `is_quiet`.
+
+    Raises:
+        ConfigError: the data has a larger vocabulary than the model.
+        DataError: the data is not there or damaged.
+    """
+    data, model = config.data, config.model
+    stream = TokenStream.open(
+        data.path,
+        split,
+        data.seq_length,
+        verify=data.verify,
+        on_bad_shard=data.on_bad_shard,
+        logger=logging.getLogger("tide_mega.silent") if is_quiet else log,
+    )
+    if stream.vocab_size > model.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size={model.vocab_size} is smaller than the vocabulary of {data.path}, "
+            f"{stream.vocab_size}: set model.vocab_size to {stream.vocab_size} or more."
+        )
+    return stream
+
+
+def build_engine(config: TideConfig, groups: ParallelGroups, device: Device, accumulation: int) -> Engine:
+    """Build this process's stage with its initial weights, under DeepSpeed."""
+    stage = TideStage(config, groups, device.torch_device)
+    initialise(stage, config.model, config.memory, config.trainer.seed)
+    stage.to(device.torch_device)
+    options = EngineOptions(
+        zero_stage=config.parallel.zero_stage,
+        precision=config.trainer.precision,
+        clip_grad=config.optim.clip_grad,
+        micro_batch_size=config.trainer.micro_batch_size,
+        accumulation=accumulation,
+        shares_norm=config.memory.num_blocks > 0 and config.memory.owners == "tensor_data",
+    )
+    parameters = parameter_groups(stage, config.optim)
+    return Engine(stage, parameters, config.optim, options, groups, device, stage.owned)
+
+
+def decile_bins(config: TideConfig) -> Tensor:
+    """Return the decile of each type of the model's vocabulary [V]; those beyond the tokenizer's are unseen."""
+    bins_V = torch.full((config.model.vocab_size,), UNSEEN, dtype=torch.int8)
+    known = torch.from_numpy(DecileTable.load(config.data.path).bin_of_type)
+    bins_V[: known.numel()] = known
+    return bins_V
+
+
+def device_peak(config: TideConfig, device: Device, *, is_quiet: bool) -> float | None:
+    """Return the TFLOP/s that MFU is measured against, from the configuration or known of the device."""
+    configured = config.cluster.peak_tflops
+    peak = configured or peak_tflops(device.name, config.trainer.precision)
+    if not is_quiet:
+        log.info(describe_peak(device.name, peak, configured=configured is not None))
+    return peak
+
+
+def describe(
+    config: TideConfig, groups: ParallelGroups, device: Device, stream: TokenStream, held_out: TokenStream
+) -> None:
+    """Log what is about to run."""
+    count = count_parameters(config.model, config.memory)
+    log.info(
+        "%s: %s parameters in the base model, %s in %d memory blocks",
+        config.run.name,
+        f"{count.base:,}",
+        f"{count.total - count.base:,}",
+        config.memory.num_blocks,
+    )
+    log.info(
+        "%d processes (tensor %d, pipeline %d, data %d) on %s, %d threads each; ZeRO-%d, %s, %s",
+        groups.model.size() * groups.data_size,
+        groups.tensor_size,
+        groups.pipeline.size(),
+        groups.data_size,
+        device.name,
+        torch.get_num_threads(),
+        config.parallel.zero_stage,
+        config.trainer.precision,
+        optimizer_name(device),
+    )
+    found = detect_libraries()
+    log.info(
+        "optional libraries: %s",
+        "; ".join(
+            f"{name} {found[name] or 'absent'} ({use})" for name, (_, use) in OPTIONAL_LIBRARIES.items()
+        ),
+    )
+    log.info(
+        "%s: %s training tokens, %s held out; %d steps of %s tokens",
+        config.data.path,
+        f"{stream.num_tokens:,}",
+        f"{held_out.num_tokens:,}",
+        total_steps(config),
+        f"{config.trainer.global_batch_size * config.data.seq_length:,}",
+    )
