@@ -99,7 +99,8 @@ class Engine:
         self._accumulator = GradientAccumulator(
             [p for group in self.parameter_groups if group.every_microbatch for p in group.parameters],
             groups,
-            widen=options.precision == "bf16" and options.accumulation > 1,
+            # ZeRO-3 leaves parameters empty between passes, and torch refuses a gradient of another size.
+            widen=options.precision == "bf16" and options.accumulation > 1 and options.zero_stage < 3,
         )
 
     @property
