@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.pool import WorkerPool
 from tests.support.runs import make_dataset
+from tide_mega.parity.pool import WorkerPool
 
 
 @pytest.fixture(scope="session")

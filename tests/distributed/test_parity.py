@@ -2,15 +2,20 @@
 
 import pytest
 
-from tests.support.parity import Case, compare_gradients, compare_training, compare_updates
-
-FP32 = 1e-5
+from tide_mega.parity.case import Case
+from tide_mega.parity.deviation import BF16, FP32, over_ranks
+from tide_mega.parity.run import compare_gradients, compare_training, compare_updates
 
 GRADIENT_CASES = [
     Case(tensor=tensor, sequence_parallel=sp, num_blocks=blocks, tie_embeddings=tied)
     for tensor, sp in ((1, False), (2, False), (2, True))
     for blocks in (0, 3, 8)
     for tied in (True, False)
+]
+GRADIENT_CASES += [
+    Case(pipeline=2, tie_embeddings=True),
+    Case(pipeline=2, virtual_pipeline=2, num_blocks=8, tie_embeddings=False, window=2, accumulation=4),
+    Case(tensor=2, sequence_parallel=True, owners="tensor_data"),
 ]
 
 TRAINING_CASES = [
@@ -35,33 +40,33 @@ TRAINING_CASES = [
 
 @pytest.mark.parametrize("case", GRADIENT_CASES, ids=str)
 def test_loss_and_all_gradients_equal_the_reference(pools, case, record_property):
-    for deviation in pools(case.world).run(compare_gradients, case):
-        record_property("worst", deviation.worst())
-        assert deviation.worst() < FP32, deviation
+    deviation = over_ranks(pools(case.world).run(compare_gradients, case))
+    record_property("worst", deviation.worst())
+    assert not deviation.excesses(FP32)
 
 
 @pytest.mark.parametrize("case", TRAINING_CASES, ids=str)
 def test_five_clipped_adamw_steps_equal_the_reference(pools, case, record_property):
-    for deviation in pools(case.world).run(compare_training, case):
-        record_property("worst", deviation.worst())
-        assert deviation.loss < FP32, deviation
-        assert deviation.norm < FP32, deviation
-        assert max(deviation.tensors.values()) < FP32, deviation
+    deviation = over_ranks(pools(case.world).run(compare_training, case))
+    record_property("worst", deviation.worst())
+    assert not deviation.excesses(FP32)
 
 
 BF16_CASES = [
     Case(precision="bf16", num_blocks=blocks, zero_stage=stage, data=data, tensor=tensor, accumulation=4)
     for blocks, stage, data, tensor in ((0, 1, 1, 1), (3, 1, 1, 1), (3, 2, 2, 1), (3, 1, 1, 2))
 ]
+BF16_CASES += [
+    Case(precision="bf16", pipeline=2, accumulation=4),
+    Case(precision="bf16", data=2, owners="tensor_data", accumulation=4),
+]
 
 
 @pytest.mark.parametrize("case", BF16_CASES, ids=str)
 def test_bf16_with_fp32_master_weights_errs_as_the_reference_in_bf16_does(pools, case, record_property):
-    for deviation in pools(case.world).run(compare_updates, case):
-        record_property("worst", deviation.worst())
-        assert deviation.loss < 1e-2, deviation
-        assert deviation.norm < 3e-2, deviation
-        assert max(deviation.tensors.values()) < 1.5, deviation
+    deviation = over_ranks(pools(case.world).run(compare_updates, case))
+    record_property("worst", deviation.worst())
+    assert not deviation.excesses(BF16)
 
 
 TOPOLOGY_CASES = [
@@ -70,11 +75,12 @@ TOPOLOGY_CASES = [
     Case(pipeline=2, num_blocks=3, tie_embeddings=False),
     Case(pipeline=2, virtual_pipeline=2, num_blocks=3, accumulation=4),
     Case(data=2, owners="tensor_data"),
+    Case(data=2, owners="tensor_data", vocab_size=61),
     Case(data=2, owners="tensor_data", window=1, accumulation=4),
-    Case(data=2, owners="tensor_data", ahead=True, table_lr_multiplier=3.0),
+    Case(data=2, owners="tensor_data", exchange_ahead=True, table_lr_multiplier=3.0),
     Case(tensor=2, owners="tensor_data", sequence_parallel=True),
     Case(num_blocks=3, window=2, accumulation=4),
-    Case(num_blocks=3, ahead=True),
+    Case(num_blocks=3, exchange_ahead=True),
     Case(data=2, zero_stage=3, num_blocks=0, tie_embeddings=False),
     Case(data=2, zero_stage=3, num_blocks=3),
     Case(pipeline=2, data=2, owners="tensor_data", zero_stage=2),
@@ -82,11 +88,15 @@ TOPOLOGY_CASES = [
     Case(tensor=2, pipeline=2, sequence_parallel=True, num_blocks=3),
     Case(tensor=2, data=2, owners="tensor_data", sequence_parallel=True, recompute="selective"),
     Case(pipeline=4, num_blocks=3, accumulation=4),
+    pytest.param(
+        Case(tensor=2, pipeline=2, data=2, sequence_parallel=True, owners="tensor_data", zero_stage=2),
+        marks=pytest.mark.slow,
+    ),
 ]
 
 
 @pytest.mark.parametrize("case", TOPOLOGY_CASES, ids=str)
 def test_other_topologies_train_as_the_reference(pools, case, record_property):
-    for deviation in pools(case.world).run(compare_training, case):
-        record_property("worst", deviation.worst())
-        assert deviation.worst() < FP32, deviation
+    deviation = over_ranks(pools(case.world).run(compare_training, case))
+    record_property("worst", deviation.worst())
+    assert not deviation.excesses(FP32)

@@ -3,17 +3,11 @@
 import pytest
 import torch
 
-from tests.support.parity import (
-    Case,
-    canonical_parameters,
-    configuration,
-    parameter_names,
-    reference_model,
-)
 from tide_mega.config.schema import MemoryConfig
-from tide_mega.model.tide import TideModel
 from tide_mega.model.weights import InitialWeights, initialise
-from tide_mega.parallel.groups import make_groups
+from tide_mega.parity.case import Case, configuration
+from tide_mega.parity.reference import canonical_parameters, reference_model
+from tide_mega.parity.topology import build_stage, local_weights
 
 
 def initial_of(**memory):
@@ -43,24 +37,20 @@ def test_every_tensor_has_its_own_values_and_spread():
     assert float(initial.rows("layers.0.ffn.gate.weight", 0, 48).std()) == pytest.approx(0.2, rel=0.1)
     down = initial.rows("layers.0.ffn.down.weight", 0, 32)
     assert down.shape == (32, 48)
-    assert float(down.std()) == pytest.approx(0.2 / 6**0.5, rel=0.1)
+    assert float(down.std()) == pytest.approx(0.2 / 8**0.5, rel=0.1)
     assert initial.rows("layers.2.router.weight", 0, 3).abs().max() == 0
     assert initial.rows("memory.gains.1", 0, 32).unique().tolist() == [0.25]
     assert initial.rows("layers.0.ffn_norm.weight", 0, 32).unique().tolist() == [1.0]
 
 
-def build(case):
-    config = configuration(case)
-    model = TideModel(config, make_groups(config.parallel, seed=1), torch.device("cpu"))
-    initialise(model, config.model, config.memory, config.trainer.seed)
-    return model, config
-
-
 def forget_one():
-    model, config = build(Case())
-    model.decoder.layers[0].extra = torch.nn.Parameter(torch.zeros(1))
-    with pytest.raises(RuntimeError, match=r"no initial value is defined for decoder\.layers\.0\.extra"):
-        initialise(model, config.model, config.memory, 1)
+    config = configuration(Case())
+    stage = build_stage(Case(), config)
+    stage.chunks[0].decoder.layers[0].extra = torch.nn.Parameter(torch.zeros(1))
+    with pytest.raises(
+        RuntimeError, match=r"no initial value is defined for chunks\.0\.decoder\.layers\.0\.extra"
+    ):
+        initialise(stage, config.model, config.memory, 1)
 
 
 def test_a_parameter_without_initial_value_is_refused(pools):
@@ -68,9 +58,8 @@ def test_a_parameter_without_initial_value_is_refused(pools):
 
 
 def shards(case):
-    model, _ = build(case)
-    names = parameter_names(model)
-    return {names[id(p)]: p.detach() for p in model.parameters()}
+    stage = build_stage(case, configuration(case))
+    return {name: weight.detach() for name, weight in local_weights(stage).items()}
 
 
 def test_tensor_parallel_shards_join_to_the_whole(pools):
@@ -80,12 +69,34 @@ def test_tensor_parallel_shards_join_to_the_whole(pools):
     assert torch.equal(whole["embedding.word_embeddings.weight"], reference["embedding.weight"])
     for name, dimension in {
         "embedding.word_embeddings.weight": 0,
-        "decoder.layers.1.self_attention.linear_qkv.weight": 0,
-        "decoder.layers.1.self_attention.linear_proj.weight": 1,
-        "decoder.layers.1.mlp.linear_fc2.weight": 1,
-        "memory.tables_WKD": 0,
+        "layers.1.self_attention.linear_qkv.weight": 0,
+        "layers.1.self_attention.linear_proj.weight": 1,
+        "layers.1.mlp.linear_fc2.weight": 1,
+        "memory.tables": 0,
     }.items():
         assert torch.equal(torch.cat([first[name], second[name]], dimension), whole[name]), name
-    for name in ("decoder.layers.0.router_JD", "memory.gains_KD", "decoder.final_layernorm.weight"):
+    for name in ("layers.0.router_JD", "memory.gains_KD", "decoder.final_layernorm.weight"):
         assert torch.equal(first[name], whole[name])
         assert torch.equal(second[name], whole[name])
+
+
+def test_rows_of_the_tables_are_dealt_out_to_their_owners_in_turn(pools):
+    case = Case(data=2, owners="tensor_data", vocab_size=61)
+    first, second = pools(2).run(shards, case)
+    reference = canonical_parameters(reference_model(configuration(case)))
+    whole_VKD = torch.stack([reference[f"memory.tables.{k}"] for k in range(3)], dim=1)
+    assert torch.equal(first["memory.tables"], whole_VKD[0::2])
+    assert torch.equal(second["memory.tables"][:30], whole_VKD[1::2])
+    assert second["memory.tables"][30:].shape == (1, 3, 32)
+    assert second["memory.tables"][30:].abs().max() == 0
+
+
+def test_a_pipeline_holds_every_layer_once(pools):
+    stages = pools(2).run(shards, Case(pipeline=2, virtual_pipeline=2, accumulation=4))
+    reference = canonical_parameters(reference_model(configuration(Case())))
+    held = [{int(name.split(".")[1]) for name in stage if name.startswith("layers.")} for stage in stages]
+    assert held == [{0, 2}, {1, 3}]
+    for stage in stages:
+        for name, weight in stage.items():
+            if name.endswith("router_JD"):
+                assert torch.equal(weight, reference[name.replace("router_JD", "router.weight")])

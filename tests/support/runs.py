@@ -1,12 +1,14 @@
 """Small real trainings: a prepared dataset and a configuration that trains on it in seconds."""
 
 from pathlib import Path
+from typing import Any
 
 from tide_mega.config.hydra_door import compose
 from tide_mega.config.schema import TideConfig
 from tide_mega.data.options import PrepareOptions
 from tide_mega.data.prepare import prepare
 from tide_mega.parallel.groups import World
+from tide_mega.training.jsonl import read_metrics
 from tide_mega.training.trainer import Trainer
 
 TINY = [
@@ -65,3 +67,33 @@ def train_here(config: TideConfig) -> int:
         return trainer.state.step
     finally:
         trainer.close()
+
+
+class KilledError(Exception):
+    """Ends a training where a kill would."""
+
+
+def train_until(config: TideConfig, step: int) -> int | None:
+    """Stop as a kill would, after `step` steps: nothing is saved or flushed for it."""
+    trainer = Trainer(config, World.from_environment())
+    step_engine = trainer.engine.step
+
+    def counted(lr: float) -> bool:
+        if trainer.state.step == step:
+            raise KilledError
+        return step_engine(lr)
+
+    trainer.engine.step = counted  # type: ignore[method-assign]
+    try:
+        trainer.run()
+    except KilledError:
+        return trainer.state.step
+    finally:
+        trainer.close()
+    return None
+
+
+def curve(metrics: Path) -> list[dict[str, Any]]:
+    """Everything a run logged but the clock's part."""
+    clock = {"tokens_per_second", "mfu", "step_seconds", "eta_seconds"}
+    return [{k: v for k, v in record.items() if k not in clock} for record in read_metrics(metrics)]

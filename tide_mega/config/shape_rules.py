@@ -23,7 +23,9 @@ REFUSED_ZERO3: tuple[tuple[str, Callable[[TideConfig], bool], str], ...] = (
     ),
     (
         "parallel.tensor",
-        lambda config: config.parallel.tensor > 1 and (config.checkpoint.every > 0 or config.checkpoint.at_end),
+        lambda config: (
+            config.parallel.tensor > 1 and (config.checkpoint.every > 0 or config.checkpoint.at_end)
+        ),
         "whose checkpoints DeepSpeed writes and does not load again",
     ),
 )

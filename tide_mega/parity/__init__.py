@@ -1,0 +1,1 @@
+"""Parity: any topology against the plain single-process reference, on the same weights and data."""
