@@ -5,16 +5,10 @@ import math
 
 import pytest
 
-from tests.support.runs import tiny, train_here
+from tests.support.runs import curve, tiny, train_here, train_until
 from tide_mega.config.errors import ConfigError
 from tide_mega.training.jsonl import read_metrics
 from tide_mega.training.trainer import DivergedError
-
-
-def curve(folder):
-    """Everything logged but the clock's part."""
-    clock = {"tokens_per_second", "mfu", "step_seconds", "eta_seconds"}
-    return [{k: v for k, v in record.items() if k not in clock} for record in read_metrics(folder)]
 
 
 def train_in(pools, config, world=1):
@@ -84,33 +78,6 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_last_bit(pools, tiny_d
     assert resumed == whole
     assert train_in(pools, broken) == [6]
     assert curve(tmp_path / "broken" / "tiny" / "metrics.jsonl") == whole
-
-
-def train_until(config, step):
-    """Stop as a kill would, after `step` steps: nothing is saved or flushed for it."""
-    from tide_mega.parallel.groups import World
-    from tide_mega.training.trainer import Trainer
-
-    trainer = Trainer(config, World.from_environment())
-
-    class KilledError(Exception):
-        pass
-
-    step_engine = trainer.engine.step
-
-    def counted(lr):
-        if trainer.state.step == step:
-            raise KilledError
-        return step_engine(lr)
-
-    trainer.engine.step = counted
-    try:
-        trainer.run()
-    except KilledError:
-        return trainer.state.step
-    finally:
-        trainer.close()
-    return None
 
 
 def test_two_replicas_resume_to_the_last_bit(pools, tiny_data, tmp_path):

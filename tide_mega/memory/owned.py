@@ -18,6 +18,9 @@ from tide_mega.memory.meter import TrafficMeter
 from tide_mega.memory.route import PendingRows, Route
 from tide_mega.parallel.groups import ParallelGroups
 
+NORM_PIECE = 2**20
+"""Elements squared at a time."""
+
 
 @dataclass
 class Fetch:
@@ -100,8 +103,14 @@ class OwnedTables:
             self.gradient_WKD[rows_R] += grad_RKD.float() / self.groups.data_size
 
     def square_norm(self) -> Tensor:
-        """Sum of squares of the gradient of the rows owned here, fp64."""
-        return self.gradient_WKD.square().sum(dtype=torch.float64)
+        """Sum of squares of the gradient of the rows owned here, fp64.
+
+        In pieces: one sum would make wide copies of the whole gradient, and with them the step's peak memory.
+        """
+        total = torch.zeros((), dtype=torch.float64, device=self.gradient_WKD.device)
+        for piece in self.gradient_WKD.flatten().split(NORM_PIECE):
+            total += piece.square().sum(dtype=torch.float64)
+        return total
 
     def step(self, lr: float, scale: float) -> None:
         """Update every row with the gradient times `scale` (the global clip factor)."""
