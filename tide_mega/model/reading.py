@@ -42,6 +42,8 @@ class MemoryReading:
                 self.fetch = fetch or stage.owned.fetch(ids_U)
                 self.rows_UKD = stage.owned.rows_of(self.fetch).requires_grad_(torch.is_grad_enabled())
             self.memory_UKD = call(read_ids=ids_U, rows_UKD=self.rows_UKD)
+            if stage.owned is None and groups.tensor_size > 1:
+                stage.meter.add_sum("rows", self.memory_UKD, groups.tensor_size)
         stage.board.rows_UKD = self._on_this_stage(ids_U).requires_grad_(torch.is_grad_enabled())
 
     def _on_this_stage(self, ids_U: Tensor) -> Tensor:
