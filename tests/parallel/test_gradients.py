@@ -4,12 +4,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from tide_mega.config.schema import ParallelConfig
 from tide_mega.parallel.gradients import GradientAccumulator
+from tide_mega.parallel.groups import make_groups
 
 
 def widened_sum():
     weight = nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
-    accumulator = GradientAccumulator([weight], dist.group.WORLD, widen=True)
+    accumulator = GradientAccumulator([weight], make_groups(ParallelConfig(), 1), widen=True)
     # 256 + 1 is 256 in bf16: added one by one the small ones are lost, their fp32 sum is not.
     for value in [256.0, *[1.0] * 8]:
         (weight * value).sum().backward()
@@ -34,7 +36,8 @@ def partial_sums(widen):
     replicated = nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))
     sharded = nn.Parameter(torch.zeros(2))
     replicated.sequence_parallel = True
-    accumulator = GradientAccumulator([replicated, sharded], dist.group.WORLD, widen=widen)
+    groups = make_groups(ParallelConfig(tensor=2), 1)
+    accumulator = GradientAccumulator([replicated, sharded], groups, widen=widen)
     rank = dist.get_rank()
     (replicated.sum() * (rank + 1) + sharded.sum() * (rank + 1)).backward()
     accumulator.finish()
