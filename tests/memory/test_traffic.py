@@ -148,15 +148,14 @@ def metered_exchange(seed):
     """Return (U, bytes by kind) of an exchange between as many owners as there are processes."""
     group, meter = dist.group.WORLD, TrafficMeter()
     rows_per_owner, blocks, width = 10, 2, 5
-    vocab = rows_per_owner * group.size()
     generator = torch.Generator().manual_seed(seed + group.rank())
     # As many rows of each owner, so that the share at home is 1 / n for everyone.
     asked = [
-        torch.randperm(rows_per_owner, generator=generator)[:4] + first
-        for first in range(0, vocab, rows_per_owner)
+        torch.randperm(rows_per_owner, generator=generator)[:4] * group.size() + owner
+        for owner in range(group.size())
     ]
     ids_U = torch.cat(asked).sort().values
-    route = Route.plan(ids_U, rows_per_owner, group, meter)
+    route = Route.plan(ids_U, group, meter)
     owned_QKD = torch.zeros(len(route.rows_Q), blocks, width, dtype=torch.bfloat16)
     rows_UKD = route.fetch(owned_QKD, meter).wait()
     route.give_back(torch.zeros_like(rows_UKD), meter)
