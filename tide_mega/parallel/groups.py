@@ -1,5 +1,6 @@
 """Process groups: the one door to `torch.distributed` start-up and to megatron-core's parallel state."""
 
+import gc
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -162,6 +163,7 @@ def _drop_groups() -> None:
         if group is not None and group != dist.group.WORLD:
             dist.destroy_process_group(group)
     parallel_state.destroy_model_parallel()
+    gc.collect()  # the model built on them may hold them in a cycle, and their threads with them
 
 
 def stop_distributed() -> None:
