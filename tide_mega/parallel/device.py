@@ -36,11 +36,6 @@ class Device:
         """Whether this is a GPU."""
         return self.torch_device.type == "cuda"
 
-    def synchronize(self) -> None:
-        """Wait for queued work, so that a clock read afterwards counts it."""
-        if self.is_cuda:
-            torch.cuda.synchronize(self.torch_device)
-
     def peak_memory_bytes(self) -> int:
         """Most memory this process has held: allocated on the GPU, or resident on CPU."""
         if self.is_cuda:

@@ -7,13 +7,13 @@ from torch import Tensor, nn
 
 from tide_mega.config.schema import TideConfig
 from tide_mega.model.stage import TideStage
-from tide_mega.model.weights import initialise, local_tensors
+from tide_mega.model.weights import local_tensors
 from tide_mega.parallel.device import choose_device
-from tide_mega.parallel.engine import Engine, EngineOptions
+from tide_mega.parallel.engine import Engine
 from tide_mega.parallel.groups import ParallelGroups, make_groups
 from tide_mega.parity.case import Case
 from tide_mega.parity.deviation import TABLES
-from tide_mega.training.optimizer import parameter_groups
+from tide_mega.training import setup
 
 LAYER = re.compile(r"chunks\.(\d+)\.decoder\.layers\.(\d+)\.")
 CHUNK = re.compile(r"^chunks\.\d+\.")
@@ -23,24 +23,12 @@ NAMES = {"memory.tables_WKD": TABLES}
 def build_stage(case: Case, config: TideConfig) -> TideStage:
     """Build this process's part of the model, with its share of the initial weights; collective."""
     groups = make_groups(config.parallel, 1, config.memory.owners)
-    stage = TideStage(config, groups, torch.device(case.device))
-    initialise(stage, config.model, config.memory, config.trainer.seed)
-    return stage.to(case.device)
+    return setup.build_stage(config, groups, choose_device(case.device, 0))
 
 
 def build_engine(case: Case, config: TideConfig, stage: TideStage) -> Engine:
-    """Put the stage under DeepSpeed, as the training run does; collective."""
-    options = EngineOptions(
-        config.parallel.zero_stage,
-        config.trainer.precision,
-        config.optim.clip_grad,
-        config.trainer.micro_batch_size,
-        case.accumulation,
-        shares_norm=config.memory.num_blocks > 0 and config.memory.owners == "tensor_data",
-    )
-    groups = parameter_groups(stage, config.optim)
-    device = choose_device(case.device, 0)
-    return Engine(stage, groups, config.optim, options, stage.groups, device, stage.owned)
+    """Put the stage under DeepSpeed, with the training run's own builder; collective."""
+    return setup.build_engine(config, stage, choose_device(case.device, 0), case.accumulation)
 
 
 def mean_loss(groups: ParallelGroups, loss_sum: Tensor, tokens: Tensor) -> float:

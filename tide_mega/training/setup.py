@@ -46,11 +46,15 @@ def open_stream(config: TideConfig, split: str, *, is_quiet: bool) -> TokenStrea
     return stream
 
 
-def build_engine(config: TideConfig, groups: ParallelGroups, device: Device, accumulation: int) -> Engine:
-    """Build this process's stage with its initial weights, under DeepSpeed."""
+def build_stage(config: TideConfig, groups: ParallelGroups, device: Device) -> TideStage:
+    """Build this process's part of the model, with its share of the initial weights."""
     stage = TideStage(config, groups, device.torch_device)
     initialise(stage, config.model, config.memory, config.trainer.seed)
-    stage.to(device.torch_device)
+    return stage.to(device.torch_device)
+
+
+def build_engine(config: TideConfig, stage: TideStage, device: Device, accumulation: int) -> Engine:
+    """Put a stage under DeepSpeed."""
     options = EngineOptions(
         zero_stage=config.parallel.zero_stage,
         precision=config.trainer.precision,
@@ -60,7 +64,7 @@ def build_engine(config: TideConfig, groups: ParallelGroups, device: Device, acc
         shares_norm=config.memory.num_blocks > 0 and config.memory.owners == "tensor_data",
     )
     parameters = parameter_groups(stage, config.optim)
-    return Engine(stage, parameters, config.optim, options, groups, device, stage.owned)
+    return Engine(stage, parameters, config.optim, options, stage.groups, device, stage.owned)
 
 
 def decile_bins(config: TideConfig) -> Tensor:

@@ -24,7 +24,14 @@ from tide_mega.training.records import TrainRecord
 from tide_mega.training.runfolder import RunFolder, open_run_folder
 from tide_mega.training.schedule import learning_rate
 from tide_mega.training.schedule_traffic import count_step
-from tide_mega.training.setup import build_engine, decile_bins, describe, device_peak, open_stream
+from tide_mega.training.setup import (
+    build_engine,
+    build_stage,
+    decile_bins,
+    describe,
+    device_peak,
+    open_stream,
+)
 from tide_mega.training.step import Ahead, StepResult, compute_gradients, read_ahead
 from tide_mega.training.throughput import Throughput
 from tide_mega.training.wandb_logger import WandbLogger
@@ -79,7 +86,8 @@ class Trainer:
         self.stream, self.held_out = (
             open_stream(config, split, is_quiet=world.rank != 0) for split in ("train", "validation")
         )
-        self.engine = build_engine(config, self.groups, self.device, self.accumulation)
+        stage = build_stage(config, self.groups, self.device)
+        self.engine = build_engine(config, stage, self.device, self.accumulation)
         bins_V = decile_bins(config).to(self.device.torch_device)
         self.evaluator = Evaluator(config, self.stage, self.held_out, bins_V, self.groups)
         self.checkpoints = Checkpointer(
