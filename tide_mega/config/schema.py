@@ -76,6 +76,20 @@ class ParallelConfig:
 
 
 @dataclass
+class KernelConfig:
+    """How the step computes what it computes; every choice gives the same results up to rounding."""
+
+    mix: str = "auto"
+    """Mix by index and its row gradient: auto (triton on a GPU, cpu on a CPU), naive, cpu, or triton."""
+    row_norm: str = "auto"
+    """RMSNorm of the step's distinct rows: auto, naive, cpu, or triton."""
+    loss_tokens: int | None = None
+    """Tokens whose logits exist at a time in the loss; null chooses by device and vocabulary."""
+    compile: bool = True
+    """Whether a GPU runs the loss, RoPE and SwiGLU through torch.compile; a CPU never does."""
+
+
+@dataclass
 class OptimConfig:
     """AdamW and the learning-rate schedule (SPEC section 2 gives the defaults)."""
 
@@ -197,6 +211,7 @@ class TideConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    kernels: KernelConfig = field(default_factory=KernelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     data: DataConfig = field(default_factory=DataConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)

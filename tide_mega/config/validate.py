@@ -15,6 +15,8 @@ from tide_mega.config.shape_rules import check_memory_fit, check_model, check_pa
 
 CHOICES = {
     "memory.owners": ("tensor", "tensor_data"),
+    "kernels.mix": ("auto", "naive", "cpu", "triton"),
+    "kernels.row_norm": ("auto", "naive", "cpu", "triton"),
     "parallel.recompute": ("none", "selective", "full"),
     "trainer.precision": ("bf16", "fp32"),
     "data.on_bad_shard": ("fail", "skip"),
@@ -26,7 +28,7 @@ POSITIVE = (
     *("model.num_layers", "model.hidden_size", "model.ffn_hidden_size", "model.num_attention_heads"),
     *("model.num_query_groups", "model.vocab_size", "model.rope_theta", "model.norm_eps"),
     *("parallel.tensor", "parallel.pipeline", "parallel.virtual_pipeline", "memory.width", "memory.window"),
-    *("optim.lr", "optim.eps", "optim.decay_steps"),
+    *("kernels.loss_tokens", "optim.lr", "optim.eps", "optim.decay_steps"),
     *("data.seq_length", "trainer.max_steps", "trainer.max_tokens", "trainer.global_batch_size"),
     *("trainer.micro_batch_size", "checkpoint.keep_last", "logging.every", "cluster.peak_tflops"),
     *("cluster.memory_gb", "cluster.threads", "cluster.timeout_minutes"),

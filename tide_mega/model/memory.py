@@ -6,10 +6,12 @@ Shapes: U distinct token types of the step, K memory blocks, D width, W rows of 
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from tide_mega.kernels.choice import KernelChoice
+from tide_mega.kernels.row_gradient import RowGradient
+from tide_mega.kernels.row_norm import row_norm
 from tide_mega.memory.exchange import gather_rows
 
 
@@ -21,9 +23,16 @@ class EmbeddingMemory(nn.Module):
     """
 
     def __init__(
-        self, num_blocks: int, vocab_size: int, width: int, norm_eps: float, group: ProcessGroup | None
+        self,
+        num_blocks: int,
+        vocab_size: int,
+        width: int,
+        norm_eps: float,
+        norm_version: str,
+        group: ProcessGroup | None,
     ) -> None:
         super().__init__()
+        self.norm_version = norm_version
         self.group = group
         self.norm_eps = norm_eps
         self.tables_WKD: nn.Parameter | None = None
@@ -44,20 +53,22 @@ class EmbeddingMemory(nn.Module):
             if self.tables_WKD is None or self.group is None:
                 raise RuntimeError("tables owned outside the model: give their rows")
             rows_UKD = gather_rows(self.tables_WKD, ids_U, self.group)
-        unit_UKD = F.rms_norm(rows_UKD, rows_UKD.shape[-1:], eps=self.norm_eps)
-        return unit_UKD * self.gains_KD
+        return row_norm(self.norm_version, rows_UKD, self.gains_KD, self.norm_eps)
 
 
 @dataclass
 class MemoryBoard:
     """What the layers of a stage read during a step: a plain object, so that no layer owns the tables.
 
-    `rows_UKD` is an fp32 leaf: every layer's backward adds to its gradient, which goes home once, after the last
-    microbatch. It stays the same for all microbatches, so recompute finds it as it was; the index of a
-    microbatch is not here but travels through the block with the hidden state.
+    `rows_UKD` stays the same for all microbatches, so recompute finds it as it was; every layer's backward
+    leaves its part of their gradient with `sink`, and the sum goes home once, after the last microbatch. The order
+    of a microbatch's tokens is not here but travels through the block with the hidden state.
     """
 
+    kernels: KernelChoice
     rows_UKD: Tensor | None = None
+    sink: RowGradient | None = None
+    """None where no gradient is wanted."""
     null_weights_L: dict[int, list[Tensor]] | None = None
     """When a dictionary, each layer adds its null-bank weights [S, B] of each microbatch, by index from 0."""
 

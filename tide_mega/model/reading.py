@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tide_mega.kernels.row_gradient import RowGradient
 from tide_mega.memory.owned import Fetch
 from tide_mega.model.stage import TideStage
 from tide_mega.parallel.groups import sum_over
@@ -44,7 +45,10 @@ class MemoryReading:
             self.memory_UKD = call(read_ids=ids_U, rows_UKD=self.rows_UKD)
             if stage.owned is None and groups.tensor_size > 1:
                 stage.meter.add_sum("rows", self.memory_UKD, groups.tensor_size)
-        stage.board.rows_UKD = self._on_this_stage(ids_U).requires_grad_(torch.is_grad_enabled())
+        board, rows_UKD = stage.board, self._on_this_stage(ids_U)
+        board.rows_UKD = rows_UKD
+        if torch.is_grad_enabled():
+            board.sink = RowGradient(rows_UKD.shape, rows_UKD.device, board.kernels.mix, stage.chunk_layers)
 
     def _on_this_stage(self, ids_U: Tensor) -> Tensor:
         stage, pipeline = self.stage, self.stage.groups.pipeline
@@ -59,7 +63,7 @@ class MemoryReading:
             stage.meter.add_broadcast(
                 "rows", travelling, pipeline.size(), is_root=stage.groups.is_first_stage
             )
-        return travelling.float()
+        return travelling
 
     def send_gradients(self) -> None:
         """Carry the gradient the layers of all stages left back to the norms and the tables; collective.
@@ -68,10 +72,10 @@ class MemoryReading:
             RuntimeError: no layer has read the board.
         """
         stage, groups = self.stage, self.stage.groups
-        leaf_UKD = stage.board.rows_UKD
-        if leaf_UKD is None or leaf_UKD.grad is None:
+        sink = stage.board.sink
+        if sink is None or sink.is_empty:
             raise RuntimeError("no layer has read the memory: send_gradients belongs after the backward pass")
-        gradient_UKD = leaf_UKD.grad
+        gradient_UKD = sink.total()
         if groups.pipeline.size() > 1:
             sum_over(groups.pipeline, gradient_UKD)
             stage.meter.add_sum("row gradients", gradient_UKD, groups.pipeline.size())
@@ -89,4 +93,4 @@ class MemoryReading:
 
     def close(self) -> None:
         """Free the rows."""
-        self.stage.board.rows_UKD = None
+        self.stage.board.rows_UKD = self.stage.board.sink = None

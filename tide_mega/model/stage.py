@@ -8,6 +8,7 @@ from megatron.core import tensor_parallel
 from torch import Tensor, nn
 
 from tide_mega.config.schema import TideConfig
+from tide_mega.kernels.choice import choose_kernels
 from tide_mega.memory.meter import TrafficMeter
 from tide_mega.memory.owned import OwnedTables
 from tide_mega.model.memory import EmbeddingMemory, MemoryBoard
@@ -28,9 +29,10 @@ class TideStage(nn.Module):
         super().__init__()
         model, memory = config.model, config.memory
         self.groups = groups
-        self.board = MemoryBoard()
+        self.board = MemoryBoard(choose_kernels(config.kernels, device, memory.num_blocks))
         self.meter = TrafficMeter()
         self.num_layers, self.num_blocks = model.num_layers, memory.num_blocks
+        self.chunk_layers = model.num_layers // (config.parallel.pipeline * config.parallel.virtual_pipeline)
         self.block_shape = (memory.num_blocks, model.hidden_size)
         self.sequence_parallel = config.parallel.sequence_parallel
         megatron_config = transformer_config(model, config.parallel, config.trainer.precision, device)
@@ -54,6 +56,7 @@ class TideStage(nn.Module):
                 model.vocab_size,
                 model.hidden_size,
                 model.norm_eps,
+                self.board.kernels.row_norm,
                 None if outside else groups.memory,
             ).to(self.dtype)
             if outside:

@@ -10,6 +10,7 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
 from tide_mega.config.schema import TideConfig
+from tide_mega.kernels.token_order import TokenOrder
 from tide_mega.model.memory import MemoryBoard
 from tide_mega.model.spec import block_spec
 from tide_mega.model.targets import pick_targets
@@ -45,7 +46,7 @@ class TideChunk(GPTModel):
             pg_collection=groups.collection,
             vp_stage=vp_stage,
         )
-        self.groups = groups
+        self.groups, self.board = groups, board
         if config.model.tie_embeddings and self.output_weight is not None:
             # A copy of the first stage's embedding: DeepSpeed leaves it out of the gradient norm by this.
             self.output_weight.ds_pipe_replicated = True  # type: ignore[attr-defined]
@@ -75,7 +76,7 @@ class TideChunk(GPTModel):
             On the last chunk [2, B, T] in fp32: cross entropy and log-partition of each token; on others the
             hidden state [T or its slice, B, D].
         """
-        context = None if index_BT is None else self._index_of_this_rank(index_BT)
+        context = None if index_BT is None else self._order_of_this_rank(index_BT).pack()
         return super().forward(
             tokens_BT, None, None, labels=labels_BT, extra_block_kwargs={"context": context}
         )
@@ -90,8 +91,12 @@ class TideChunk(GPTModel):
         cross_entropy_TB = tensor_parallel.vocab_parallel_cross_entropy(logits, labels_TB)
         return torch.stack((cross_entropy_TB, cross_entropy_TB + targets_TB)).transpose(1, 2)
 
-    def _index_of_this_rank(self, index_BT: Tensor) -> Tensor:
+    def _order_of_this_rank(self, index_BT: Tensor) -> TokenOrder:
         index_TB = index_BT.transpose(0, 1)
         if self.config.sequence_parallel:
             index_TB = index_TB.chunk(self.groups.tensor_size, dim=0)[self.groups.tensor_rank]
-        return index_TB.contiguous()
+        if self.board.rows_UKD is None:
+            raise RuntimeError(
+                "the memory was not read for this step: a MemoryReading comes before the schedule"
+            )
+        return TokenOrder.sort(index_TB.flatten(), self.board.rows_UKD.size(0))

@@ -1,5 +1,48 @@
-"""Router and mix by index: the operation each TIDE layer adds to the base transformer."""
+"""Router softmax, mix by index, feed-forward output and residual in one: what a TIDE layer does after its FFN.
 
-from tide_mega.kernels.mix.naive import mix_by_index
+Shapes: N tokens, D hidden size, K memory blocks, J = K + 1, U distinct token types of the step.
+"""
 
-__all__ = ["mix_by_index"]
+from torch import Tensor
+
+from tide_mega.kernels.mix import cpu, naive
+from tide_mega.kernels.row_gradient.sink import RowGradient, deliver, deliver_dense
+from tide_mega.kernels.token_order import TokenOrder
+
+__all__ = ["mix"]
+
+
+def mix(
+    version: str,
+    logits_NJ: Tensor,
+    residual: Tensor,
+    ffn: Tensor,
+    rows_UKD: Tensor,
+    order: TokenOrder,
+    sink: RowGradient | None,
+) -> tuple[Tensor, Tensor]:
+    """Return h̃ + FFN + Σ_k α_k M_k (paper 3.5, 3.6) and α.
+
+    Args:
+        version: naive, cpu or triton.
+        logits_NJ: router logits, the null bank's last.
+        residual: hidden state after attention, [..., D] with N leading positions.
+        ffn: the feed-forward network's output, the same shape.
+        rows_UKD: normalised memory rows; their gradient goes to `sink`, not through autograd.
+        order: the tokens' rows.
+        sink: None where no gradient is wanted.
+
+    Returns:
+        The layer's output, shaped as `residual`, and α [N, J] in fp32, detached.
+    """
+    if version == "triton":
+        from tide_mega.kernels.mix.triton import fused_mix
+
+        return fused_mix(logits_NJ, residual, ffn, rows_UKD, order, sink)
+    if version == "naive":
+        rows_UKD = rows_UKD if sink is None else deliver_dense(rows_UKD, sink)
+        return naive.mix(logits_NJ, residual, ffn, rows_UKD, order.index_N)
+    injected_ND, alpha_NJ = cpu.inject(logits_NJ, rows_UKD, order.index_N)
+    if sink is not None:
+        injected_ND = deliver(injected_ND, alpha_NJ, order, sink)
+    return residual + (ffn + injected_ND.view_as(residual)), alpha_NJ

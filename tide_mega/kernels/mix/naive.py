@@ -1,30 +1,30 @@
-"""Router softmax and mix by index in clear torch: the oracle, and the version every device can run.
+"""Router softmax, mix by index and residual sum in clear torch: the oracle. Materialises [N, K, D].
 
-Shapes: N tokens, D hidden size, K memory blocks, U distinct token types of the step.
+Shapes: N tokens, D hidden size, K memory blocks, J = K + 1, U distinct token types of the step.
 """
 
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def mix_by_index(
-    normed_ND: Tensor, router_JD: Tensor, memory_UKD: Tensor, index_N: Tensor
+def mix(
+    logits_NJ: Tensor, residual: Tensor, ffn: Tensor, rows_UKD: Tensor, index_N: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Weigh each token's memory blocks by its router and sum them (paper 3.5, 3.6).
+    """Return h̃ + FFN + Σ_k α_k M_k (paper 3.5, 3.6), differentiable in every input by autograd.
 
     Args:
-        normed_ND: RMSNorm of the post-attention hidden state, the router's input.
-        router_JD: router weights of this layer, J = K + 1 rows, the null bank's last.
-        memory_UKD: normalised memory rows of the step's distinct types, fp32 so that the gradients of all layers
-            and microbatches add up in fp32.
-        index_N: row of `memory_UKD` for each token, int64.
+        logits_NJ: router logits, the null bank's last.
+        residual: hidden state after attention, [..., D] with N leading positions.
+        ffn: the feed-forward network's output, the same shape.
+        rows_UKD: normalised memory rows.
+        index_N: row of each token.
 
     Returns:
-        The injection m [N, D] in the dtype of `normed_ND`, and the null bank's weight [N] in fp32.
+        The layer's output, shaped as `residual`, and α [N, J] in fp32, detached.
     """
-    alpha_NJ = F.linear(normed_ND, router_JD).float().softmax(-1)
-    blocks = memory_UKD.size(1)
-    rows_UX = memory_UKD.to(normed_ND.dtype).flatten(1)
-    rows_NKD = F.embedding(index_N, rows_UX).view(index_N.numel(), blocks, -1)
-    weights_N1K = alpha_NJ[:, None, :blocks].to(rows_NKD.dtype)
-    return (weights_N1K @ rows_NKD).squeeze(1), alpha_NJ[:, blocks].detach()
+    blocks = rows_UKD.size(1)
+    alpha_NJ = logits_NJ.float().softmax(-1)
+    rows_NKD = F.embedding(index_N.long(), rows_UKD.flatten(1)).unflatten(1, (blocks, -1))
+    injected_ND = (alpha_NJ[:, None, :blocks].to(rows_NKD.dtype) @ rows_NKD).squeeze(1)
+    # In bf16 the small terms are added first: each sum rounds at its own size.
+    return residual + (ffn + injected_ND.view_as(residual).to(residual.dtype)), alpha_NJ.detach()

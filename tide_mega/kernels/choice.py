@@ -1,0 +1,56 @@
+"""Which version of each operation runs: by device and shape, unless the configuration says."""
+
+import importlib.util
+from dataclasses import dataclass
+
+import torch
+
+from tide_mega.config.errors import refuse
+from tide_mega.config.schema import KernelConfig
+
+MAX_TRITON_BLOCKS = 63
+"""A token's router weights, null bank included, fill at most one tile of 64."""
+
+
+@dataclass(frozen=True)
+class KernelChoice:
+    """Versions chosen: naive, cpu or triton."""
+
+    mix: str
+    """Also of the row gradient."""
+    row_norm: str
+
+    def describe(self) -> str:
+        """One phrase for the start-up log."""
+        return f"mix and row gradient {self.mix}, row norm {self.row_norm}"
+
+
+def choose_kernels(config: KernelConfig, device: torch.device, num_blocks: int) -> KernelChoice:
+    """Resolve `auto` and check what was asked for.
+
+    Raises:
+        ConfigError: a version that cannot run on this device or at this K.
+    """
+    return KernelChoice(
+        _choose("kernels.mix", config.mix, device, num_blocks),
+        _choose("kernels.row_norm", config.row_norm, device, num_blocks),
+    )
+
+
+def _choose(key: str, wanted: str, device: torch.device, num_blocks: int) -> str:
+    has_triton = importlib.util.find_spec("triton") is not None
+    fits = num_blocks <= MAX_TRITON_BLOCKS
+    if wanted == "auto":
+        if device.type == "cpu":
+            return "cpu"
+        return "triton" if has_triton and fits else "naive"
+    if wanted == "triton":
+        if device.type != "cuda":
+            refuse(key, wanted, f"does not run on {device.type}", "use auto, cpu or naive")
+        if not has_triton:
+            refuse(key, wanted, "needs the triton package", "install triton, or use auto or naive")
+        if not fits:
+            refuse(key, wanted, f"takes at most {MAX_TRITON_BLOCKS} memory blocks", "use auto or naive")
+    if wanted == "cpu" and device.type != "cpu":
+        refuse(key, wanted, f"does not run on {device.type}", "use auto, triton or naive")
+    return wanted

@@ -1,0 +1,30 @@
+"""Router logits beside the feed-forward network's input.
+
+Shapes: N tokens, D hidden size, J = K + 1 banks, the null bank last.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class _Route(torch.autograd.Function):
+    """The input's gradient of both uses in one pass: autograd would write the router's and add it in another."""
+
+    @staticmethod
+    def forward(ctx: Any, normed_ND: Tensor, router_JD: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(normed_ND, router_JD)
+        return normed_ND.view_as(normed_ND), F.linear(normed_ND, router_JD)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        grad_ND, grad_NJ = gradients
+        normed_ND, router_JD = ctx.saved_tensors
+        return torch.addmm(grad_ND, grad_NJ, router_JD), grad_NJ.T @ normed_ND
+
+
+def route(normed_ND: Tensor, router_JD: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the input, to be used from here on, and its router logits [N, J] (paper 3.5, before the softmax)."""
+    return _Route.apply(normed_ND, router_JD)

@@ -1,0 +1,25 @@
+"""The rows' gradient in clear torch: the oracle. Materialises [N, K, D] a layer.
+
+Shapes: U rows, K blocks, J = K + 1, N tokens, D width.
+"""
+
+from torch import Tensor
+
+from tide_mega.kernels.token_order import TokenOrder
+
+
+def add_rows(
+    total_UKD: Tensor, order: TokenOrder, alphas_NJ: list[Tensor], gradients_ND: list[Tensor]
+) -> None:
+    """Add Σ over layers and tokens of α[n, k] · dh[n] to the row of each token.
+
+    Args:
+        total_UKD: fp32, changed in place.
+        order: of the tokens.
+        alphas_NJ: fp32 router weights of each layer, the null bank's last.
+        gradients_ND: gradient of each layer's output.
+    """
+    blocks = total_UKD.size(1)
+    for alpha_NJ, gradient_ND in zip(alphas_NJ, gradients_ND, strict=True):
+        part_NKD = alpha_NJ[:, :blocks, None] * gradient_ND.float()[:, None]
+        total_UKD.index_add_(0, order.index_N.long(), part_NKD)

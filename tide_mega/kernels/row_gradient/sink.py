@@ -1,0 +1,120 @@
+"""Collects what the layers' backward passes leave, and adds it to the rows' gradient a microbatch at a time.
+
+Shapes: U rows on the board, K memory blocks, J = K + 1, N tokens, D width.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tide_mega.kernels.row_gradient import cpu, naive
+from tide_mega.kernels.token_order import TokenOrder
+
+
+class RowGradient:
+    """The fp32 gradient of one reading's rows.
+
+    It keeps the layers' output gradients, which autograd has made anyway, until the microbatch's last layer has
+    left its own: on a stage at most N · D values a layer, and by then the layers behind have freed more.
+    """
+
+    def __init__(self, shape_UKD: torch.Size, device: torch.device, version: str, num_layers: int) -> None:
+        """Start from nothing.
+
+        Args:
+            shape_UKD: of the rows.
+            device: theirs.
+            version: naive, cpu or triton.
+            num_layers: layers of a model chunk; so many contributions make a microbatch whole.
+        """
+        self._shape, self._device = shape_UKD, device
+        self._version, self._num_layers = version, num_layers
+        self._total_UKD: Tensor | None = None
+        self._order: TokenOrder | None = None
+        self._alphas_NJ: list[Tensor] = []
+        self._gradients_ND: list[Tensor] = []
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no layer has left anything."""
+        return self._total_UKD is None and not self._gradients_ND
+
+    def add(self, order: TokenOrder, alpha_NJ: Tensor, gradient_ND: Tensor) -> None:
+        """Take one layer's router weights and the gradient of its output, which must not change from here on."""
+        if self._order is not None and self._order.key != order.key:
+            self._flush()
+        self._order = order
+        self._alphas_NJ.append(alpha_NJ)
+        self._gradients_ND.append(gradient_ND)
+        if len(self._gradients_ND) == self._num_layers:
+            self._flush()
+
+    def add_dense(self, gradient_UKD: Tensor) -> None:
+        """Take a whole gradient, as autograd makes it for the naive mix."""
+        self._total().add_(gradient_UKD)
+
+    def total(self) -> Tensor:
+        """Return the sum of everything left so far [U, K, D]."""
+        self._flush()
+        return self._total()
+
+    def _total(self) -> Tensor:
+        if self._total_UKD is None:
+            self._total_UKD = torch.zeros(self._shape, device=self._device, dtype=torch.float32)
+        return self._total_UKD
+
+    def _flush(self) -> None:
+        if self._order is None:
+            return
+        segmented_sum(self._version)(self._total(), self._order, self._alphas_NJ, self._gradients_ND)
+        self._order = None
+        self._alphas_NJ, self._gradients_ND = [], []
+
+
+def segmented_sum(version: str) -> Any:
+    """Return the version's `add_rows(total_UKD, order, alphas_NJ, gradients_ND)`."""
+    if version == "triton":
+        from tide_mega.kernels.row_gradient import triton
+
+        return triton.add_rows
+    return {"naive": naive, "cpu": cpu}[version].add_rows
+
+
+class _Deliver(torch.autograd.Function):
+    """Hands an output through; its backward leaves the gradient with the sink."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, alpha_NJ: Tensor, order: TokenOrder, sink: RowGradient) -> Tensor:
+        ctx.save_for_backward(alpha_NJ)
+        ctx.order, ctx.sink = order, sink
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient,) = gradients
+        (alpha_NJ,) = ctx.saved_tensors
+        ctx.sink.add(ctx.order, alpha_NJ, gradient.flatten(0, -2))
+        return gradient, None, None, None
+
+
+def deliver(out: Tensor, alpha_NJ: Tensor, order: TokenOrder, sink: RowGradient) -> Tensor:
+    """Return `out` [..., D]; when its gradient is known, the sink gets it with the weights `alpha_NJ`."""
+    return _Deliver.apply(out, alpha_NJ, order, sink)
+
+
+class _DeliverDense(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows_UKD: Tensor, sink: RowGradient) -> Tensor:
+        ctx.sink = sink
+        return rows_UKD.view_as(rows_UKD)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None]:
+        ctx.sink.add_dense(gradients[0])
+        return None, None
+
+
+def deliver_dense(rows_UKD: Tensor, sink: RowGradient) -> Tensor:
+    """Return the rows, as something whose whole gradient the sink gets."""
+    return _DeliverDense.apply(rows_UKD.detach().requires_grad_(), sink)
