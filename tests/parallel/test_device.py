@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from tide_mega.config.errors import ConfigError
-from tide_mega.parallel.device import choose_device, detect_libraries, set_threads
+from tide_mega.parallel import device as device_module
+from tide_mega.parallel.device import choose_device, detect_libraries, physical_cores, set_threads
 from tide_mega.parallel.groups import World, start_distributed
 
 
@@ -25,8 +26,26 @@ def test_cuda_without_a_gpu_is_refused_by_name(no_gpu):
         choose_device("cuda", 0)
 
 
-def test_the_cores_are_shared_by_the_processes_of_a_node(monkeypatch):
+def test_threads_of_one_core_count_once(tmp_path, monkeypatch):
+    for cpu, siblings in enumerate(["0,2", "1,3", "0,2", "1,3"]):
+        folder = tmp_path / f"cpu{cpu}" / "topology"
+        folder.mkdir(parents=True)
+        (folder / "thread_siblings_list").write_text(siblings + "\n")
+    monkeypatch.setattr(device_module, "_CPUS", tmp_path)
+    for allowed, cores in (({0, 1, 2, 3}, 2), ({0, 2}, 1), ({1, 2}, 2), ({7, 8, 9}, 3)):
+        monkeypatch.setattr("os.sched_getaffinity", lambda _, allowed=allowed: allowed)
+        assert physical_cores() == cores
+
+
+def test_fast_bf16_is_read_from_the_processor_s_flags(monkeypatch, no_gpu):
+    for flags, fast in (({"avx512f"}, False), ({"avx512_bf16"}, True), ({"amx_bf16", "amx_tile"}, True)):
+        monkeypatch.setattr(device_module, "_cpu_flags", lambda flags=flags: flags)
+        assert choose_device("cpu", 0).has_fast_bf16() is fast
+
+
+def test_the_cores_are_shared_by_the_processes_of_a_node(tmp_path, monkeypatch):
     before = torch.get_num_threads()
+    monkeypatch.setattr(device_module, "_CPUS", tmp_path)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(12)))
     try:
         assert set_threads(None, 4) == torch.get_num_threads() == 3

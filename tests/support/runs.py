@@ -22,6 +22,7 @@ TINY = [
     "memory=k2",
     "data.seq_length=32",
     "data.num_workers=0",
+    "trainer.precision=fp32",
     "trainer.global_batch_size=8",
     "trainer.micro_batch_size=2",
     "trainer.max_steps=6",

@@ -142,7 +142,7 @@ class TrainerConfig:
     micro_batch_size: int = 8
     """Sequences in one forward pass of one data-parallel rank."""
     precision: str = "bf16"
-    """bf16 (fp32 master weights) or fp32."""
+    """bf16 (fp32 master weights), fp32, or auto: bf16 where the device multiplies faster in it, else fp32."""
     z_loss: float = 1e-6
     """Weight of the mean squared log-partition function in the loss."""
     eval_every: int = 1000

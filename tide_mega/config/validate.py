@@ -18,7 +18,7 @@ CHOICES = {
     "kernels.mix": ("auto", "naive", "cpu", "triton"),
     "kernels.row_norm": ("auto", "naive", "cpu", "triton"),
     "parallel.recompute": ("none", "selective", "full"),
-    "trainer.precision": ("bf16", "fp32"),
+    "trainer.precision": ("auto", "bf16", "fp32"),
     "data.on_bad_shard": ("fail", "skip"),
     "data.verify": ("size", "checksum"),
     "logging.wandb": ("auto", "online", "offline", "disabled"),

@@ -9,6 +9,7 @@ import importlib.util
 import os
 import resource
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -20,6 +21,8 @@ OPTIONAL_LIBRARIES = {
     "transformer-engine": ("transformer_engine", "not used yet"),
 }
 """Distribution -> (module whose import proves it, what it is used for). PyPI's `apex` lacks the module."""
+
+_CPUS = Path("/sys/devices/system/cpu")
 
 
 @dataclass(frozen=True)
@@ -36,11 +39,24 @@ class Device:
         """Whether this is a GPU."""
         return self.torch_device.type == "cuda"
 
+    def has_fast_bf16(self) -> bool:
+        """Whether matrix products run faster in bf16 than in fp32: instructions for it, not emulation."""
+        if self.is_cuda:
+            return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(_cpu_flags() & {"amx_bf16", "avx512_bf16"})
+
     def peak_memory_bytes(self) -> int:
         """Most memory this process has held: allocated on the GPU, or resident on CPU."""
         if self.is_cuda:
             return torch.cuda.max_memory_allocated(self.torch_device)
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _cpu_flags() -> set[str]:
+    """Instruction sets of the processor, as Linux names them; none where it does not say."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((set(line.split()) for line in lines if line.startswith("flags")), set())
 
 
 def choose_device(wanted: str, local_rank: int) -> Device:
@@ -62,11 +78,16 @@ def choose_device(wanted: str, local_rank: int) -> Device:
 
 
 def set_threads(threads: int | None, local_world_size: int) -> int:
-    """Set the CPU threads of this process: `threads`, else its share of the cores. Return the number."""
-    cores = len(os.sched_getaffinity(0))
-    chosen = threads or max(1, cores // local_world_size)
+    """Set the CPU threads of this process: `threads`, else its share of the physical cores. Return the number."""
+    chosen = threads or max(1, physical_cores() // local_world_size)
     torch.set_num_threads(chosen)
     return chosen
+
+
+def physical_cores() -> int:
+    """Cores this process may run on; threads of one core count once, since they share its arithmetic units."""
+    siblings = [_CPUS / f"cpu{cpu}" / "topology/thread_siblings_list" for cpu in os.sched_getaffinity(0)]
+    return len({path.read_text() if path.exists() else str(path) for path in siblings})
 
 
 @functools.cache

@@ -60,7 +60,7 @@ def open_run_folder(config: TideConfig, *, world_size: int, device: torch.device
     """
     folder = RunFolder(Path(config.run.root) / config.run.name)
     if folder.config.exists():
-        _check_same_run(folder, _read(folder), config)
+        _check_same_run(folder, read_config(folder), config)
     if writes:
         folder.path.mkdir(parents=True, exist_ok=True)
         write_bytes(folder.config, to_yaml(config).encode())
@@ -69,7 +69,12 @@ def open_run_folder(config: TideConfig, *, world_size: int, device: torch.device
     return folder
 
 
-def _read(folder: RunFolder) -> TideConfig:
+def read_config(folder: RunFolder) -> TideConfig:
+    """Return the configuration of the folder's latest start.
+
+    Raises:
+        ConfigError: it is not one of this version.
+    """
     try:
         return from_yaml(folder.config.read_text(encoding="utf-8"))
     except (ConfigError, UnicodeDecodeError) as error:

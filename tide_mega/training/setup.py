@@ -85,9 +85,10 @@ def device_peak(config: TideConfig, device: Device, *, is_quiet: bool) -> float 
 
 
 def describe(
-    config: TideConfig, groups: ParallelGroups, device: Device, stream: TokenStream, held_out: TokenStream
+    config: TideConfig, stage: TideStage, device: Device, stream: TokenStream, held_out: TokenStream
 ) -> None:
     """Log what is about to run."""
+    groups = stage.groups
     count = count_parameters(config.model, config.memory)
     log.info(
         "%s: %s parameters in the base model, %s in %d memory blocks",
@@ -108,6 +109,8 @@ def describe(
         config.trainer.precision,
         optimizer_name(device),
     )
+    if stage.num_blocks:
+        log.info("kernels: %s", stage.board.kernels.describe())
     found = detect_libraries()
     log.info(
         "optional libraries: %s",

@@ -19,6 +19,7 @@ from tide_mega.training.evaluation import Evaluator
 from tide_mega.training.jsonl import JsonlLogger
 from tide_mega.training.loggers import Loggers
 from tide_mega.training.optimizer import TABLES
+from tide_mega.training.precision import resolve_precision
 from tide_mega.training.progress import Progress
 from tide_mega.training.records import TrainRecord
 from tide_mega.training.runfolder import RunFolder, open_run_folder
@@ -76,8 +77,9 @@ class Trainer:
     """One process of a training run."""
 
     def __init__(self, config: TideConfig, world: World) -> None:
-        self.config, self.world = config, world
         self.device = choose_device(config.cluster.device, world.local_rank)
+        config = resolve_precision(config, self.device)
+        self.config, self.world = config, world
         self.total_steps = total_steps(config)
         self.groups = make_groups(config.parallel, config.trainer.seed, config.memory.owners)
         self.folder = open_run_folder(
@@ -94,7 +96,7 @@ class Trainer:
             self.folder.checkpoints, self.engine, self.stage.owned, keep_last=config.checkpoint.keep_last
         )
         if world.rank == 0:
-            describe(config, self.groups, self.device, self.stream, self.held_out)
+            describe(config, self.stage, self.device, self.stream, self.held_out)
         self.state = self._resume()
         self.loggers = self._open_loggers()
         self.batches = self._open_batches()
