@@ -57,7 +57,7 @@ def test_flash_attention_equals_sdpa():
 
     from tide_mega.model.attention import CausalCoreAttention
 
-    core = CausalCoreAttention(None, 1, AttnMaskType.causal, "self")
+    core = CausalCoreAttention(None, 1, AttnMaskType.causal, "self", rope_theta=10_000.0)
     torch.manual_seed(0)
     query = torch.randn(64, 2, 8, 64, device="cuda", dtype=torch.bfloat16)
     key, value = torch.randn(2, 64, 2, 4, 64, device="cuda", dtype=torch.bfloat16)

@@ -1,4 +1,4 @@
-"""Core attention for megatron-core's SelfAttention: flash-attn when present, else torch's SDPA.
+"""Core attention for megatron-core's SelfAttention: RoPE, then flash-attn when present, else torch's SDPA.
 
 Shapes: S sequence, B batch, H query heads and G key/value heads of this rank, C head size.
 """
@@ -11,11 +11,16 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor, nn
 
+from tide_mega.kernels.compiled import compiled
+from tide_mega.kernels.rope import rotate, rotation
 from tide_mega.parallel.device import detect_libraries
 
 
 class CausalCoreAttention(nn.Module):
-    """softmax(QKᵀ/√C, causal)·V with megatron's [S, B, heads, C] layout and grouped queries."""
+    """softmax(RQ(RK)ᵀ/√C, causal)·V with megatron's [S, B, heads, C] layout and grouped queries.
+
+    R are the rotary positions: turned here, in one pass where compiled, and not by megatron in many.
+    """
 
     def __init__(
         self,
@@ -23,9 +28,13 @@ class CausalCoreAttention(nn.Module):
         layer_number: int,
         attn_mask_type: AttnMaskType,
         attention_type: str,
+        *,
+        rope_theta: float,
+        compile_kernels: bool = False,
         **_: Any,
     ) -> None:
         super().__init__()
+        self.rope_theta, self.compile_kernels = rope_theta, compile_kernels
         if attn_mask_type != AttnMaskType.causal or attention_type != "self":
             raise ValueError(
                 f"CausalCoreAttention cannot do {attention_type} attention with {attn_mask_type}"
@@ -42,6 +51,9 @@ class CausalCoreAttention(nn.Module):
     ) -> Tensor:
         """Return [S, B, H * C]; the mask argument is megatron's and unused, the mask is causal."""
         S, B = query_SBHC.shape[:2]
+        cos_S11C, sin_S11C = rotation(S, query_SBHC.size(-1), self.rope_theta, query_SBHC.device)
+        turn = compiled(rotate, query_SBHC.device, self.compile_kernels)
+        query_SBHC, key_SBGC = turn(query_SBHC, key_SBGC, cos_S11C, sin_S11C)
         if self.flash is not None and query_SBHC.is_cuda and query_SBHC.dtype.itemsize == 2:
             inputs = (x.transpose(0, 1) for x in (query_SBHC, key_SBGC, value_SBGC))
             out_BSHC = self.flash.flash_attn_func(*inputs, causal=True)

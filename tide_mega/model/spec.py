@@ -1,5 +1,6 @@
 """From this project's configuration to megatron-core's: TransformerConfig and the layer's ModuleSpec."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,9 +34,16 @@ def _leave(weight: torch.Tensor) -> torch.Tensor:
 
 
 def transformer_config(
-    model: ModelConfig, parallel: ParallelConfig, precision: str, device: torch.device
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    precision: str,
+    device: torch.device,
+    compile_kernels: bool = False,
 ) -> TransformerConfig:
-    """Translate; no dropout, no biases, no fusion that needs a GPU library."""
+    """Translate; no dropout, no biases, no fusion that needs a GPU library.
+
+    With `compile_kernels` megatron's SwiGLU is compiled, on CUDA.
+    """
     dtype = DTYPES[precision]
     return TransformerConfig(
         num_layers=model.num_layers,
@@ -63,7 +71,7 @@ def transformer_config(
         add_bias_linear=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        bias_activation_fusion=False,
+        bias_activation_fusion=compile_kernels and device.type == "cuda",
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
@@ -79,7 +87,13 @@ def transformer_config(
 
 
 def block_spec(
-    config: TransformerConfig, num_blocks: int, board: MemoryBoard, vp_stage: int | None = None
+    config: TransformerConfig,
+    num_blocks: int,
+    board: MemoryBoard,
+    vp_stage: int | None = None,
+    *,
+    rope_theta: float,
+    compile_kernels: bool = False,
 ) -> TransformerBlockSubmodules:
     """Return the stage's layers: megatron's attention and MLP, our norm and core attention, the TIDE layer."""
     attention = ModuleSpec(
@@ -87,7 +101,9 @@ def block_spec(
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
             linear_qkv=ColumnParallelLinear,
-            core_attention=CausalCoreAttention,
+            core_attention=partial(
+                CausalCoreAttention, rope_theta=rope_theta, compile_kernels=compile_kernels
+            ),
             linear_proj=RowParallelLinear,
             q_layernorm=IdentityOp,
             k_layernorm=IdentityOp,

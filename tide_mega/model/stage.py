@@ -13,7 +13,7 @@ from tide_mega.memory.meter import TrafficMeter
 from tide_mega.memory.owned import OwnedTables
 from tide_mega.model.memory import EmbeddingMemory, MemoryBoard
 from tide_mega.model.spec import transformer_config
-from tide_mega.model.tide import TideChunk
+from tide_mega.model.tide import LossTensors, Targets, TideChunk
 from tide_mega.parallel.groups import ParallelGroups
 from tide_mega.parallel.megatron_cpu import cuda_means_cpu
 
@@ -35,7 +35,9 @@ class TideStage(nn.Module):
         self.chunk_layers = model.num_layers // (config.parallel.pipeline * config.parallel.virtual_pipeline)
         self.block_shape = (memory.num_blocks, model.hidden_size)
         self.sequence_parallel = config.parallel.sequence_parallel
-        megatron_config = transformer_config(model, config.parallel, config.trainer.precision, device)
+        megatron_config = transformer_config(
+            model, config.parallel, config.trainer.precision, device, config.kernels.compile
+        )
         self.dtype: torch.dtype = megatron_config.params_dtype
         with cuda_means_cpu():
             self.chunks = nn.ModuleList(
@@ -80,12 +82,12 @@ class TideStage(nn.Module):
         self,
         chunk: int = 0,
         tokens_BT: Tensor | None = None,
-        labels_BT: Tensor | None = None,
+        targets: Targets | None = None,
         index_BT: Tensor | None = None,
         *,
         read_ids: Tensor | None = None,
         rows_UKD: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Tensor | LossTensors:
         """Run one microbatch through a chunk, or with `read_ids` [U] read the memory.
 
         Returns:
@@ -95,7 +97,7 @@ class TideStage(nn.Module):
             if self.memory is None:
                 raise RuntimeError("this stage has no memory to read")
             return self.memory(read_ids, rows_UKD)
-        return self.chunks[chunk](tokens_BT, labels_BT, index_BT)
+        return self.chunks[chunk](tokens_BT, targets, index_BT)
 
     def null_weights(self) -> Tensor:
         """Return the null-bank weights the layers of all stages left on their boards [L, B, T]; collective.

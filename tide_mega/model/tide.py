@@ -1,9 +1,11 @@
-"""TIDE on megatron-core: GPTModel with the index of each microbatch and z-loss.
+"""TIDE on megatron-core: GPTModel with the index of each microbatch, and its loss from hidden states.
 
 Shapes: B sequences, T tokens, D hidden size, V vocabulary.
 """
 
-import torch
+from dataclasses import dataclass
+from typing import Any
+
 from megatron.core import tensor_parallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import TransformerConfig
@@ -11,10 +13,22 @@ from torch import Tensor, nn
 
 from tide_mega.config.schema import TideConfig
 from tide_mega.kernels.token_order import TokenOrder
+from tide_mega.kernels.vocab_loss import vocab_loss
 from tide_mega.model.memory import MemoryBoard
 from tide_mega.model.spec import block_spec
-from tide_mega.model.targets import pick_targets
 from tide_mega.parallel.groups import ParallelGroups
+
+LossTensors = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What a microbatch is trained towards."""
+
+    labels_BT: Tensor
+    """Ids to predict, negative where there is nothing to predict."""
+    z_loss: float
+    """Weight of the mean log Z² in the loss."""
 
 
 class TideChunk(GPTModel):
@@ -35,18 +49,24 @@ class TideChunk(GPTModel):
         vp_stage = virtual if chunks > 1 else None
         super().__init__(
             config=megatron_config,
-            transformer_layer_spec=block_spec(megatron_config, config.memory.num_blocks, board, vp_stage),
+            transformer_layer_spec=block_spec(
+                megatron_config,
+                config.memory.num_blocks,
+                board,
+                vp_stage,
+                rope_theta=config.model.rope_theta,
+                compile_kernels=config.kernels.compile,
+            ),
             vocab_size=config.model.vocab_size,
             max_sequence_length=config.data.seq_length,
             pre_process=groups.is_first_stage and virtual == 0,
             post_process=groups.is_last_stage and virtual == chunks - 1,
             share_embeddings_and_output_weights=config.model.tie_embeddings,
-            position_embedding_type="rope",
-            rotary_base=config.model.rope_theta,
+            position_embedding_type="none",  # CausalCoreAttention turns queries and keys itself
             pg_collection=groups.collection,
             vp_stage=vp_stage,
         )
-        self.groups, self.board = groups, board
+        self.groups, self.board, self.kernels = groups, board, config.kernels
         if config.model.tie_embeddings and self.output_weight is not None:
             # A copy of the first stage's embedding: DeepSpeed leaves it out of the gradient norm by this.
             self.output_weight.ds_pipe_replicated = True  # type: ignore[attr-defined]
@@ -61,35 +81,49 @@ class TideChunk(GPTModel):
     def forward(
         self,
         tokens_BT: Tensor | None = None,
-        labels_BT: Tensor | None = None,
+        targets: Targets | None = None,
         index_BT: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Tensor | LossTensors:
         """Run one microbatch.
 
         Args:
             tokens_BT: token ids.
-            labels_BT: ids to predict, negative where there is nothing to predict; without labels the logits
-                of this rank's part of the vocabulary [B, T, V / tensor size] are returned.
+            targets: what to predict; without them the logits of this rank's part of the vocabulary
+                [B, T, V / tensor size] are returned.
             index_BT: row of each token on the board; needed when K > 0.
 
         Returns:
-            On the last chunk [2, B, T] in fp32: cross entropy and log-partition of each token; on others the
-            hidden state [T or its slice, B, D].
+            On the last chunk the mean loss over labelled tokens, and without gradient the cross entropy [B, T] (0
+            where unlabelled), the sum of log Z² and the number of labelled tokens; on others the hidden state
+            [T or its slice, B, D].
         """
         context = None if index_BT is None else self._order_of_this_rank(index_BT).pack()
-        return super().forward(
-            tokens_BT, None, None, labels=labels_BT, extra_block_kwargs={"context": context}
+        return super().forward(tokens_BT, None, None, labels=targets, extra_block_kwargs={"context": context})
+
+    def _postprocess(self, hidden_states: Tensor, *args: Any, labels: Targets | None, **kwargs: Any) -> Any:
+        """Megatron's step from the last layer's output to the loss: ours where there are targets."""
+        if labels is None or not self.post_process:
+            return super()._postprocess(hidden_states, *args, labels=None, **kwargs)
+        return self._loss(hidden_states, labels)
+
+    def _loss(self, hidden_TBD: Tensor, targets: Targets) -> LossTensors:
+        group = self.groups.tensor
+        if self.config.sequence_parallel:
+            hidden_TBD = tensor_parallel.gather_from_sequence_parallel_region(hidden_TBD, group=group)
+        else:
+            hidden_TBD = tensor_parallel.copy_to_tensor_model_parallel_region(hidden_TBD, group=group)
+        tied = self.share_embeddings_and_output_weights
+        loss, cross_entropy_N, z_square, count = vocab_loss(
+            hidden_TBD.flatten(0, 1),
+            self.shared_embedding_or_output_weight() if tied else self.output_layer.weight,
+            targets.labels_BT.transpose(0, 1).flatten(),
+            targets.z_loss,
+            group,
+            chunk_tokens=self.kernels.loss_tokens,
+            compile_kernels=self.kernels.compile,
         )
-
-    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
-        """Return cross entropy and log-partition [2, B, T] from vocab-parallel logits [T, B, V / tensor size].
-
-        log Z = cross entropy + logit of the target: the z-loss needs no second pass over the vocabulary.
-        """
-        labels_TB = labels.transpose(0, 1).contiguous()
-        logits, targets_TB = pick_targets(logits, labels_TB, self.groups.tensor)
-        cross_entropy_TB = tensor_parallel.vocab_parallel_cross_entropy(logits, labels_TB)
-        return torch.stack((cross_entropy_TB, cross_entropy_TB + targets_TB)).transpose(1, 2)
+        cross_entropy_BT = cross_entropy_N.view(hidden_TBD.shape[:2]).transpose(0, 1)
+        return loss, cross_entropy_BT, z_square, count
 
     def _order_of_this_rank(self, index_BT: Tensor) -> TokenOrder:
         index_TB = index_BT.transpose(0, 1)

@@ -15,9 +15,9 @@ from tide_mega.memory.owned import Fetch
 from tide_mega.memory.plan import MemoryPlan, plan_rows
 from tide_mega.model.reading import MemoryReading
 from tide_mega.model.stage import TideStage
+from tide_mega.model.tide import LossTensors, Targets
 from tide_mega.parallel.engine import Engine
 from tide_mega.parallel.pipeline import LossFunction, run_microbatches
-from tide_mega.training.loss import token_loss
 
 
 @dataclass(frozen=True)
@@ -169,5 +169,12 @@ def _forward_step(
 ) -> tuple[Tensor, LossFunction]:
     microbatch = next(microbatches)
     virtual = getattr(chunk, "vp_stage", None) or 0
-    output = call(virtual, microbatch.tokens_BT, microbatch.labels_BT, microbatch.index_BT)
-    return output, partial(token_loss, labels_BT=microbatch.labels_BT, z_loss=z_loss, share=share)
+    targets = Targets(microbatch.labels_BT, z_loss)
+    output = call(virtual, microbatch.tokens_BT, targets, microbatch.index_BT)
+    return output, partial(_loss_and_sums, share=share)
+
+
+def _loss_and_sums(output: LossTensors, share: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """Weigh a microbatch's loss by the part of the step that the running schedule averages over."""
+    loss, cross_entropy_BT, z_square, count = output
+    return share * loss, {"cross_entropy": cross_entropy_BT, "z_square": z_square, "count": count}

@@ -1,0 +1,5 @@
+"""Cross entropy and z-loss of a vocabulary-parallel output layer, without the logits of all tokens."""
+
+from tide_mega.kernels.vocab_loss.chunked import vocab_loss
+
+__all__ = ["vocab_loss"]
