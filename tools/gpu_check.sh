@@ -1,12 +1,16 @@
 #!/bin/bash
-# One command on a machine with one NVIDIA GPU and no network: what is installed, the GPU tests, short trainings of
-# the demo and of the largest paper model that fits, and their tokens/s and MFU.
+# One command on a machine with one NVIDIA GPU and no network: what is installed, the GPU tests, the memory's kernels
+# against plain autograd and the bandwidth, training steps at every K, and short trainings of the demo and of the largest
+# paper model that fits, with their tokens/s and MFU.
 #
 #   tools/gpu_check.sh [override ...]      overrides go to the trainings, e.g. memory=k4
 #
 # PYTHON   interpreter with the project's dependencies (default: python)
 # WORK     folder for data and runs (default: a new one under ${TMPDIR:-/tmp}, removed at the end)
 # STEPS    optimizer steps of each training (default: 20)
+# TUNE     1 tunes the kernels' block sizes for this GPU first and writes them to the checkout (default: 0)
+# BENCH    0 leaves the benchmarks out (default: 1)
+# OUT      folder for the benchmarks' JSON and PNG (default: $WORK/bench)
 # Exit status: 0 all passed, 1 something failed, 3 no GPU.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -35,7 +39,8 @@ if [[ -z "${WORK:-}" ]]; then
     WORK="$(mktemp -d)"
     trap 'rm -rf "$WORK"' EXIT
 fi
-mkdir -p "$WORK/runs"
+OUT="${OUT:-$WORK/bench}"
+mkdir -p "$WORK/runs" "$OUT"
 
 say "tests marked gpu"
 if "$PYTHON" -m pytest --version >/dev/null 2>&1; then
@@ -49,6 +54,32 @@ if "$PYTHON" -m pytest --version >/dev/null 2>&1; then
 else
     echo "pytest is not installed for $PYTHON: GPU tests not run" >&2
     failed+=("tests marked gpu (no pytest)")
+fi
+
+# bench NAME TOOL OPTION...: a benchmark's tables here, its JSON and PNG in OUT.
+bench() {
+    local name="$1" tool="$2"
+    shift 2
+    say "benchmark $name"
+    "$PYTHON" -W ignore "tools/$tool" device=cuda "out=$OUT/$name.json" "plot=$OUT/$name.png" "$@" ||
+        failed+=("benchmark $name")
+}
+
+if [[ "${TUNE:-0}" == 1 ]]; then
+    say "tuning the kernels"
+    "$PYTHON" tools/tune_kernels.py || failed+=("tuning the kernels")
+fi
+
+if [[ "${BENCH:-1}" != 0 ]]; then
+    # The mix of one layer of the 1b: 8 sequences of 2,048 tokens.
+    bench mix bench_mix.py tokens=16384 width=2048 blocks=2,8,24 layers=1,8 dtype=bf16
+    bench mix_one_type bench_mix.py tokens=16384 width=2048 blocks=8 layers=8 dtype=bf16 distribution=one
+    # Those K of the 1b whose optimizer state fits, with either owner of the tables; then every K on the largest model
+    # that takes them all.
+    bench step_1b bench_step.py model=1b micro_batch=4 accumulation=8 precision=bf16
+    bench step_1b_owned bench_step.py model=1b micro_batch=4 accumulation=8 precision=bf16 \
+        overrides=memory.owners=tensor_data
+    bench step_all_k bench_step.py model=auto micro_batch=4 accumulation=8 precision=bf16
 fi
 
 say "data: the running Python's standard library"

@@ -1,0 +1,128 @@
+"""The GPU kernels on a GPU, at the size of training: against the naive versions, and from run to run."""
+
+import pytest
+import torch
+
+from tide_mega.bench.ids import draw_ids
+from tide_mega.kernels.mix import mix
+from tide_mega.kernels.mix.naive import mix as naive_mix
+from tide_mega.kernels.row_gradient import RowGradient, naive
+from tide_mega.kernels.row_norm import row_norm
+from tide_mega.kernels.token_order import TokenOrder
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+CUDA = torch.device("cuda")
+TOKENS = 4096
+ROUNDED = 2**-8
+"""What bfloat16 loses of a value at most, when it is rounded once."""
+
+
+@pytest.fixture(autouse=True)
+def exact_matmul():
+    allowed, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+
+
+def draw(*shape, dtype=torch.float32):
+    return torch.randn(shape, device=CUDA).to(dtype)
+
+
+def order_of(distribution, tokens=TOKENS):
+    ids = draw_ids(distribution, tokens, 128_256, seed=1)
+    types, index = ids.unique(return_inverse=True)
+    # One row more than is read: absent from this microbatch.
+    return TokenOrder.sort(index.to(CUDA), types.numel() + 1)
+
+
+def leaves_of(order, blocks, width, dtype):
+    shapes = [
+        (order.num_tokens, blocks + 1),
+        *[(order.num_tokens, width)] * 2,
+        (order.num_rows, blocks, width),
+    ]
+    return [draw(*shape, dtype=dtype).requires_grad_() for shape in shapes]
+
+
+def fused(leaves, order, seed):
+    *inner, rows = leaves
+    sink = RowGradient(rows.shape, CUDA, "triton", 1)
+    out, alpha = mix("triton", *inner, rows, order, sink)
+    return out, alpha, *torch.autograd.grad(out, inner, seed), sink.total()
+
+
+@pytest.mark.parametrize("distribution", ["zipf", "uniform", "one"])
+@pytest.mark.parametrize(("blocks", "width"), [(1, 2048), (2, 1536), (8, 2048), (24, 1024), (5, 1000)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_mix_and_its_gradients_equal_the_naive_mix_in_fp32(distribution, blocks, width, dtype):
+    torch.manual_seed(0)
+    order = order_of(distribution)
+    leaves, seed = leaves_of(order, blocks, width, dtype), draw(TOKENS, width, dtype=dtype)
+    exact = [leaf.detach().float().requires_grad_() for leaf in leaves]
+    out, alpha = naive_mix(*exact, order.index_N)
+    expected = (out, alpha, *torch.autograd.grad(out, exact, seed.float()))
+    for got, wanted in zip(fused(leaves, order, seed), expected, strict=True):
+        # A frequent row sums thousands of terms: the error grows with the size of the sum's terms, not its own.
+        rtol = ROUNDED if got.dtype == torch.bfloat16 else 1e-4
+        torch.testing.assert_close(got.float(), wanted, rtol=rtol, atol=1e-5 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("layers", "blocks", "width"), [(1, 8, 2048), (24, 8, 2048), (7, 24, 1536), (3, 5, 1000)]
+)
+@pytest.mark.parametrize("distribution", ["zipf", "one"])
+def test_the_segmented_sum_equals_the_naive_one(distribution, layers, blocks, width, dtype):
+    torch.manual_seed(1)
+    order = order_of(distribution)
+    alphas = [draw(TOKENS, blocks + 1).softmax(-1) for _ in range(layers)]
+    gradients = [draw(TOKENS, width, dtype=dtype) for _ in range(layers)]
+    from tide_mega.kernels.row_gradient.triton import add_rows
+
+    start = draw(order.num_rows, blocks, width)
+    expected, got, again = start.double(), start.clone(), start.clone()
+    for alpha, gradient in zip(alphas, gradients, strict=True):
+        naive.add_rows(part := torch.zeros_like(start), order, [alpha], [gradient])
+        expected += part
+    add_rows(got, order, alphas, gradients)
+    add_rows(again, order, alphas, gradients)
+    torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=2e-5 * float(expected.abs().max()))
+    assert torch.equal(got, again)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("blocks", "width"), [(1, 64), (8, 2048), (24, 1536), (3, 5000)])
+def test_the_norm_and_its_gradients_equal_the_naive_norm(blocks, width, dtype):
+    torch.manual_seed(2)
+    rows, gains, seed = (
+        draw(*shape, dtype=dtype) for shape in [(700, blocks, width), (blocks, width), (700, blocks, width)]
+    )
+    results = []
+    for version, kind in (("naive", torch.float32), ("triton", dtype)):
+        leaves = [x.to(kind).requires_grad_() for x in (rows, gains)]
+        out = row_norm(version, *leaves, 1e-5)
+        results.append((out, *torch.autograd.grad(out, leaves, seed.to(kind))))
+    for wanted, got in zip(*results, strict=True):
+        rtol = ROUNDED if dtype == torch.bfloat16 else 1e-4
+        torch.testing.assert_close(got.float(), wanted, rtol=rtol, atol=1e-5 * float(wanted.abs().max()))
+
+
+def test_repeats_are_equal_to_the_last_bit():
+    torch.manual_seed(3)
+    order = order_of("zipf", 16_384)
+    leaves, seed = leaves_of(order, 8, 2048, torch.bfloat16), draw(16_384, 2048, dtype=torch.bfloat16)
+    first = fused(leaves, order, seed)
+    for _ in range(3):
+        assert all(torch.equal(a, b) for a, b in zip(first, fused(leaves, order, seed), strict=True))
+
+
+def test_nothing_waits_for_the_device():
+    torch.manual_seed(4)
+    order = order_of("zipf")
+    leaves, seed = leaves_of(order, 8, 2048, torch.bfloat16), draw(TOKENS, 2048, dtype=torch.bfloat16)
+    fused(leaves, order, seed)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        fused(leaves, order, seed)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

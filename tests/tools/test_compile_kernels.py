@@ -1,0 +1,105 @@
+"""The GPU kernels compiled ahead of time: figures without a GPU, and faults that are found."""
+
+import importlib.util
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="triton compiles on Linux")
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def tool():
+    spec = importlib.util.spec_from_file_location("compile_kernels", ROOT / "tools" / "compile_kernels.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # the options' help is read from their source
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[spec.name]
+
+
+@pytest.fixture(scope="module")
+def aot(tmp_path_factory):
+    if "TRITON_INTERPRET" in os.environ:
+        pytest.skip("the interpreter compiles nothing")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        from tide_mega.kernels import aot
+
+        yield aot
+
+
+def test_every_kernel_compiles_for_both_architectures_without_a_fault(tool, aot, tmp_path, capsys):
+    out = tmp_path / "kernels.json"
+    assert tool.main(["blocks=8", "width=2048", "dtype=bf16", f"out={out}"]) == 0
+    found = json.loads(out.read_text())["kernels"]
+    assert {(k["kernel"], k["arch"]) for k in found} == {
+        (kernel, arch) for kernel in aot.KERNELS for arch in ("sm_90", "sm_100")
+    }
+    for kernel in found:
+        assert kernel["spill_bytes"] == 0 and 16 <= kernel["registers"] <= 255, kernel
+        assert kernel["occupancy"] >= 0.25 and kernel["widest_load"] == 128, kernel
+    shown = capsys.readouterr().out
+    assert "12 kernels compiled, 0 with a fault" in shown
+
+
+def test_a_width_that_is_no_power_of_two_and_many_blocks_compile(tool, aot, capsys):
+    assert tool.main(["blocks=[24]", "width=1536", "arch=sm_90", "kernel=mix_backward,row_gradient"]) == 0
+    assert "4 kernels compiled, 0 with a fault" in capsys.readouterr().out
+
+
+def test_a_tile_too_large_spills_and_is_a_fault(tool, aot, monkeypatch, capsys):
+    entry = tool.find("mix_backward", "sm_90", 24, 2048)
+    too_large = type(entry)(**{**vars(entry), "tile": type(entry.tile)(8, 128, 4, 1)})
+    monkeypatch.setattr(tool, "find", lambda *_: too_large)
+    assert tool.main(["kernel=mix_backward", "arch=sm_90", "blocks=24", "width=2048", "dtype=bf16"]) == 1
+    assert "bytes a thread" in capsys.readouterr().out
+
+
+def test_loads_of_single_values_are_seen(aot):
+    ptx = """
+    @%p1 ld.global.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd1 + 0 ];
+    ld.global.b16 { %rs1 }, [ %rd2 + 0 ];
+    ld.global.L1::evict_first.v2.b64 { %rd3, %rd4 }, [ %rd5 + 0 ];
+    @%p2 cp.async.cg.shared.global [ %r5 + 0 ], [ %rd6 + 0 ], 0x10, %r6;
+    cp.async.ca.shared.global [ %r7 + 0 ], [ %rd7 + 0 ], 0x4, %r8;
+    st.global.v4.b32 [ %rd8 + 0 ], { %r1, %r2, %r3, %r4 };
+    """
+    assert sorted(aot.load_widths(ptx)) == [16, 32, 128, 128, 128]
+
+
+@pytest.mark.parametrize(
+    ("registers", "shared", "warps", "expected"),
+    [(32, 0, 4, 1.0), (33, 0, 4, 48 / 64), (255, 0, 8, 8 / 64), (32, 100 * 1024, 4, 8 / 64), (16, 0, 1, 0.5)],
+)
+def test_occupancy_follows_the_scarcest_resource(aot, registers, shared, warps, expected):
+    assert aot.occupancy(registers, shared, warps) == expected
+
+
+@pytest.mark.parametrize(
+    ("word", "sentence"),
+    [
+        ("arch=sm_80", "arch=sm_80 is unknown: use sm_90, sm_100."),
+        ("kernel=mix", "kernel=mix is unknown: use mix_forward,"),
+        ("blocks=0", "blocks=0 is too small: give 1 or more."),
+        ("out=/nowhere/at/all.json", "lies in a folder that does not exist"),
+    ],
+)
+def test_a_wrong_option_is_refused_in_one_sentence(tool, capsys, word, sentence):
+    assert tool.main([word]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_help_shows_every_option(tool, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        tool.main(["--help"])
+    shown = capsys.readouterr().out
+    assert stopped.value.code == 0 and all(
+        key in shown for key in ("arch", "kernel", "blocks", "dtype", "out")
+    )
