@@ -8,7 +8,7 @@ from tide_mega.config import shape_rules
 from tide_mega.config.errors import ConfigError
 from tide_mega.config.hydra_door import compose
 
-OWNERS = "memory.owners=tensor_data"
+OWNERS, REPLICATED = "memory.owners=tensor_data", "memory.owners=tensor"
 REFUSED = [
     # overrides, world size, words that the sentence has
     (["parallel.pipeline=5"], None, ["parallel.pipeline=5", "model.num_layers=24", "12 or 24"]),
@@ -167,9 +167,13 @@ def test_a_combination_added_to_those_zero_3_does_not_run_is_refused(monkeypatch
 @pytest.mark.parametrize(
     ("overrides", "world_size", "remedy"),
     [
-        (["memory=k24", "model=3b"], 4, OWNERS),
-        (["memory=k24", "model=3b", "parallel=pp2", "cluster.memory_gb=60"], 8, OWNERS),
-        (["memory=k24", "model=3b", "parallel=pp2_interleaved", "cluster.memory_gb=60"], 8, OWNERS),
+        (["memory=k24", REPLICATED, "model=3b"], 4, OWNERS),
+        (["memory=k24", REPLICATED, "model=3b", "parallel=pp2", "cluster.memory_gb=60"], 8, OWNERS),
+        (
+            ["memory=k24", REPLICATED, "model=3b", "parallel=pp2_interleaved", "cluster.memory_gb=60"],
+            8,
+            OWNERS,
+        ),
         (["model=3b", "cluster.memory_gb=30"], 2, None),
         (["model=3b", "cluster.memory_gb=14"], 4, None),
         (["model=3b", "memory=k24", "cluster.memory_gb=32"], 8, None),

@@ -9,6 +9,8 @@ from tide_mega.config.sizes import (
     microbatches_per_step,
 )
 
+REPLICATED = "memory.owners=tensor"
+
 
 def small_model(**changes):
     values = {
@@ -107,13 +109,15 @@ def test_one_block_of_the_1b_model_is_263_million_parameters():
     ],
 )
 def test_bytes_without_tensor_parallelism(stage, precision, world, per_parameter):
-    config = compose(["memory=k2", f"parallel.zero_stage={stage}", f"trainer.precision={precision}"])
+    config = compose(
+        ["memory=k2", REPLICATED, f"parallel.zero_stage={stage}", f"trainer.precision={precision}"]
+    )
     total = count_parameters(config.model, config.memory).total
     assert bytes_per_device(config, world) == pytest.approx(per_parameter * total, abs=16)
 
 
 def test_tensor_parallelism_divides_all_but_norms_routers_and_gains():
-    config = compose(["memory=k2", "parallel=tp4"])
+    config = compose(["memory=k2", REPLICATED, "parallel=tp4"])
     count = count_parameters(config.model, config.memory)
     replicated = count.norms + count.routers + count.memory_gains
     parameters = (count.total - replicated) / 4 + replicated

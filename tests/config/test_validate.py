@@ -53,7 +53,11 @@ CASES = [
     ),
     (["trainer.global_batch_size=32"], 8, ["trainer.global_batch_size=32", "use 64"]),
     (["cluster=h100", "memory=k24"], 1, ["cluster.memory_gb=80", "117.6 GB", "num_blocks=24", "1 device"]),
-    (["cluster=h100", "memory=k24", "model=3b"], 4, ["cluster.memory_gb=80", "memory.owners=tensor_data"]),
+    (
+        ["cluster=h100", "memory=k24", "memory.owners=tensor", "model=3b"],
+        4,
+        ["cluster.memory_gb=80", "memory.owners=tensor_data"],
+    ),
 ]
 
 

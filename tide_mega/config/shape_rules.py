@@ -146,7 +146,8 @@ def _check_zero(config: TideConfig) -> None:
         key, why = refused[0]
         group, name = key.split(".")
         value = getattr(getattr(config, group), name)
-        refuse("parallel.zero_stage", 3, f"does not run with {key}={value}, {why}", "use 1 or 2")
+        remedy = "use 1 or 2, or memory.owners=tensor" if name == "owners" else "use 1 or 2"
+        refuse("parallel.zero_stage", 3, f"does not run with {key}={value}, {why}", remedy)
 
 
 def check_world(config: TideConfig, world_size: int) -> None:

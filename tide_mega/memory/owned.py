@@ -115,7 +115,7 @@ class OwnedTables:
     def step(self, lr: float, scale: float) -> None:
         """Update every row with the gradient times `scale` (the global clip factor)."""
         self.optimizer.param_groups[0]["lr"] = lr * self.multiplier
-        self.master_WKD.grad = self.gradient_WKD.mul_(scale)
+        self.master_WKD.grad = self.gradient_WKD if scale == 1.0 else self.gradient_WKD.mul_(scale)
         self.optimizer.step()
         self.drop_gradient()
 
@@ -124,19 +124,27 @@ class OwnedTables:
         self.master_WKD.grad = None
         self.gradient_WKD.zero_()
 
-    def state(self) -> dict[str, Tensor]:
-        """Everything a resumed owner needs."""
-        moments = self.optimizer.state.get(self.master_WKD, {})
-        return {"master": self.master_WKD.detach(), **{k: moments[k] for k in moments}}
+    def kept(self) -> dict[str, Tensor]:
+        """Return the master rows and AdamW's moments [W, K, D] themselves, by name; moments not made yet as 0."""
+        state = self._moments()
+        return {"master": self.master_WKD.detach(), "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        """Continue from what `state` gave on the same owner."""
-        with torch.no_grad():
-            self.master_WKD.copy_(state["master"])
-        moments = {name: value for name, value in state.items() if name != "master"}
-        if moments:
-            device = self.master_WKD.device
-            self.optimizer.state[self.master_WKD] = {k: v.to(device) for k, v in moments.items()}
+    @property
+    def updates(self) -> int:
+        """AdamW's own count of updates."""
+        return int(self._moments()["step"])
+
+    @updates.setter
+    def updates(self, count: int) -> None:
+        self._moments()["step"].fill_(count)
+
+    def _moments(self) -> dict[str, Tensor]:
+        state = self.optimizer.state[self.master_WKD]
+        if not state:
+            zeros = torch.zeros_like(self.master_WKD, requires_grad=False)
+            state.update(exp_avg=zeros, exp_avg_sq=zeros.clone())
+            state["step"] = torch.zeros((), dtype=torch.float32, device=zeros.device)
+        return state
 
 
 def share(count: int, group: ProcessGroup) -> tuple[int, int]:
