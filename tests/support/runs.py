@@ -20,6 +20,7 @@ TINY = [
     "model.num_query_groups=2",
     "model.vocab_size=640",
     "memory=k2",
+    "memory.owners=tensor",
     "data.seq_length=32",
     "data.num_workers=0",
     "trainer.precision=fp32",

@@ -37,7 +37,7 @@ TOPOLOGIES = {
     ),
     "windows": Topology(1, ("memory.window=2",)),
     "ahead": Topology(2, ("memory.exchange_ahead=true",)),
-    "ZeRO-3": Topology(2, ("parallel.zero_stage=3", "memory.owners=tensor")),
+    "ZeRO-3": Topology(2, ("parallel.zero_stage=3",)),
     "pipeline, two replicas": Topology(4, ("parallel.pipeline=2", "parallel.recompute=full"), PIPELINE),
     "pipeline, two replicas, owners ahead": Topology(
         4,

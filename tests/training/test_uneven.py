@@ -63,7 +63,7 @@ def train_poisoned(config, place, bad_rank, bad_step):
     [
         ("layer", ()),
         ("layer", ("parallel.zero_stage=2",)),
-        ("layer", ("parallel.zero_stage=3", "memory.owners=tensor")),
+        ("layer", ("parallel.zero_stage=3",)),
         ("layer", ("parallel.pipeline=2",)),
         ("layer", ("parallel.tensor=2",)),
         ("layer", (OWNERS,)),
