@@ -22,7 +22,7 @@ def plot_mix(found: dict[str, Any], path: Path) -> None:
     floor_marks(axes[0], [1e3 * sum(line["floor_seconds"].values()) / line["layers"] for line in lines])
     axes[0].set_ylabel("ms a layer (median)")
     axes[0].set_title("Time; autograd's row gradient is in its backward")
-    axes[0].legend(frameon=False)
+    figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, ncols=5, loc="outside lower center")
     if has_peaks:
         stacked(axes[1], labels, {"peak": [line["peak"] / 1e6 for line in lines]})
         axes[1].set_ylabel("MB above the inputs")
