@@ -48,6 +48,21 @@ CANDIDATES = {
     "row_slots": [Tile(1, width, 4, 1) for width in (512, 1024, 2048)],
     "norm_forward": [Tile(1, 1, warps, 1) for warps in (2, 4, 8, 16)],
     "norm_backward": [Tile(1, 1, warps, 1) for warps in (2, 4, 8, 16)],
+    "norm_router_forward": [
+        Tile(items, width, warps, stages)
+        for items in (16, 32)
+        for width in (64, 128, 256)
+        for warps in (4, 8)
+        for stages in (1, 3)
+    ],
+    "norm_router_backward": [Tile(items, 1, warps, 1) for items in (1, 2, 4, 8) for warps in (4, 8, 16)],
+    "router_gradient": [
+        Tile(items, width, warps, stages)
+        for items in (32, 64, 128)
+        for width in (64, 128, 256)
+        for warps in (4, 8)
+        for stages in (3, 4, 5)
+    ],
 }
 
 
@@ -86,6 +101,8 @@ def cases_of(options: TuneOptions, blocks: int, device: torch.device) -> dict[st
     """Prepare random inputs of every kernel on the device."""
     # Here, so that --help needs no triton.
     from tide_mega.kernels.mix.triton import mix_backward, mix_forward
+    from tide_mega.kernels.norm_router.router_gradient import router_gradient
+    from tide_mega.kernels.norm_router.triton import norm_router_backward, norm_router_forward
     from tide_mega.kernels.row_gradient.triton import add_rows
     from tide_mega.kernels.row_norm.triton import norm_backward, norm_forward
 
@@ -98,10 +115,11 @@ def cases_of(options: TuneOptions, blocks: int, device: torch.device) -> dict[st
         return torch.randn(shape, generator=generator, device=device).bfloat16()
 
     logits_NJ, residual_ND, ffn_ND = draw(N, K + 1), draw(N, D), draw(N, D)
-    rows_UKD, gains_KD = draw(U, K, D), draw(K, D)
+    rows_UKD, gains_KD, router_JD, gain_D = draw(U, K, D), draw(K, D), draw(K + 1, D), draw(D)
     gradients_ND = [draw(N, D) for _ in range(L)]
     alphas_NJ = [draw(N, K + 1).float().softmax(-1) for _ in range(L)]
     total_UKD = torch.zeros(U, K, D, device=device)
+    *_, scale_N = norm_router_forward(residual_ND, gain_D, router_JD, 1e-5)
 
     def sum_rows(tile: Tile | None, slots_tile: Tile | None) -> torch.Tensor:
         add_rows(total_UKD.zero_(), order, alphas_NJ, gradients_ND, tile, slots_tile)
@@ -125,6 +143,19 @@ def cases_of(options: TuneOptions, blocks: int, device: torch.device) -> dict[st
         "norm_forward": Case(lambda tile: norm_forward(rows_UKD, gains_KD, 1e-5, tile), 2 * rows_UKD.nbytes),
         "norm_backward": Case(
             lambda tile: norm_backward(rows_UKD, gains_KD, rows_UKD, 1e-5, tile)[0], 3 * rows_UKD.nbytes
+        ),
+        "norm_router_forward": Case(
+            lambda tile: norm_router_forward(residual_ND, gain_D, router_JD, 1e-5, tile)[1],
+            2 * residual_ND.nbytes + logits_NJ.nbytes,
+        ),
+        "norm_router_backward": Case(
+            lambda tile: norm_router_backward(
+                residual_ND, gain_D, router_JD, scale_N, ffn_ND, logits_NJ, tile
+            )[0],
+            3 * residual_ND.nbytes + logits_NJ.nbytes,
+        ),
+        "router_gradient": Case(
+            lambda tile: router_gradient(residual_ND, logits_NJ, tile), residual_ND.nbytes + logits_NJ.nbytes
         ),
     }
 

@@ -14,7 +14,16 @@ MODEL = ModelConfig(
     num_query_groups=2,
     vocab_size=100,
 )
-SHAPE = StepShape(MODEL, blocks=2, tokens=20, accumulation=4, micro_types=7, step_types=11, element=2)
+SHAPE = StepShape(
+    MODEL,
+    blocks=2,
+    tokens=20,
+    accumulation=4,
+    micro_types=7,
+    step_types=11,
+    element=2,
+    router_in_norm=False,
+)
 
 
 def test_every_term_of_a_hand_case():
@@ -32,6 +41,17 @@ def test_every_term_of_a_hand_case():
         "norm backward": step_rows * (4 + 2 + 2),
         "tables' gradient": table * 2,
         OPTIMIZER: table * (2 + 2 + 8 + 16 + 2),
+    }
+
+
+def test_a_router_in_the_norm_reads_its_input_once_for_its_own_gradient():
+    apart, shared = memory_bytes(SHAPE), memory_bytes(dataclasses.replace(SHAPE, router_in_norm=True))
+    hidden, logits = 20 * 8 * 2, 20 * 3 * 2
+    assert shared["router forward"] == 4 * 3 * logits
+    assert shared["router backward"] == 4 * 3 * (hidden + 2 * logits)
+    routers = {"router forward", "router backward"}
+    assert {k: v for k, v in apart.items() if k not in routers} == {
+        k: v for k, v in shared.items() if k not in routers
     }
 
 

@@ -6,6 +6,7 @@ import torch
 from tide_mega.bench.ids import draw_ids
 from tide_mega.kernels.mix import mix
 from tide_mega.kernels.mix.naive import mix as naive_mix
+from tide_mega.kernels.norm_router import norm_and_route
 from tide_mega.kernels.row_gradient import RowGradient, naive
 from tide_mega.kernels.row_norm import row_norm
 from tide_mega.kernels.token_order import TokenOrder
@@ -107,6 +108,34 @@ def test_the_norm_and_its_gradients_equal_the_naive_norm(blocks, width, dtype):
         torch.testing.assert_close(got.float(), wanted, rtol=rtol, atol=1e-5 * float(wanted.abs().max()))
 
 
+def routed(version, leaves, seeds):
+    outputs = norm_and_route(version, *leaves, 1e-5)
+    return [*outputs, *torch.autograd.grad(outputs, leaves, seeds)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("blocks", "width"), [(1, 64), (2, 1536), (8, 2048), (24, 2048), (16, 3072), (40, 1000), (3, 5000)]
+)
+def test_the_norm_with_the_router_equals_the_naive_one_in_fp64(blocks, width, dtype):
+    torch.manual_seed(5)
+    tokens, banks = TOKENS + 3, blocks + 1
+    leaves = [draw(tokens, width, dtype=dtype), draw(width, dtype=dtype), draw(banks, width, dtype=dtype)]
+    seeds = [draw(tokens, width, dtype=dtype), draw(tokens, banks, dtype=dtype)]
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    exact = routed(
+        "naive", [leaf.detach().double().requires_grad_() for leaf in leaves], [x.double() for x in seeds]
+    )
+    for got, again, wanted in zip(
+        routed("triton", leaves, seeds), routed("triton", leaves, seeds), exact, strict=True
+    ):
+        assert got.dtype == dtype and torch.equal(got, again)
+        scale = float(wanted.abs().max())
+        # Logits and the router's gradient are sums over a state that is rounded itself.
+        rtol, atol = (1e-4, 1e-5 * scale) if dtype == torch.float32 else (ROUNDED, ROUNDED * scale)
+        torch.testing.assert_close(got.double(), wanted, rtol=rtol, atol=atol)
+
+
 def test_repeats_are_equal_to_the_last_bit():
     torch.manual_seed(3)
     order = order_of("zipf", 16_384)
@@ -120,9 +149,13 @@ def test_nothing_waits_for_the_device():
     torch.manual_seed(4)
     order = order_of("zipf")
     leaves, seed = leaves_of(order, 8, 2048, torch.bfloat16), draw(TOKENS, 2048, dtype=torch.bfloat16)
+    norm = [leaves[1], draw(2048, dtype=torch.bfloat16), draw(9, 2048, dtype=torch.bfloat16)]
+    norm[1:] = [leaf.requires_grad_() for leaf in norm[1:]]
     fused(leaves, order, seed)  # compiles
+    routed("triton", norm, [seed, leaves[0].detach()])
     torch.cuda.set_sync_debug_mode("error")
     try:
         fused(leaves, order, seed)
+        routed("triton", norm, [seed, leaves[0].detach()])
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -20,6 +20,8 @@ def test_auto_takes_the_device_s_version(with_triton):
     assert choose_kernels(KernelConfig(), CPU, 8).mix == "cpu"
     assert choose_kernels(KernelConfig(), CUDA, 8).mix == "triton"
     assert choose_kernels(KernelConfig(), CUDA, 64).row_norm == "naive"
+    chosen = [choose_kernels(KernelConfig(), *of).norm_router for of in ((CPU, 8), (CUDA, 8), (CUDA, 64))]
+    assert chosen == ["naive", "triton", "naive"]
 
 
 def test_auto_without_triton_on_a_gpu_is_naive(monkeypatch):
@@ -33,6 +35,9 @@ def test_the_configuration_wins(with_triton):
     chosen = choose_kernels(KernelConfig(mix="naive"), CPU, 8)
     assert (chosen.mix, chosen.row_norm) == ("naive", "cpu")
     assert "naive" in chosen.describe()
+    assert choose_kernels(KernelConfig(norm_router="naive"), CUDA, 8).norm_router == "naive"
+    with pytest.raises(ConfigError, match=r"kernels.norm_router=triton does not run on cpu"):
+        choose_kernels(KernelConfig(norm_router="triton"), CPU, 8)
 
 
 @pytest.mark.parametrize(

@@ -25,15 +25,19 @@ class StepShape:
     """Distinct types of the step."""
     element: int
     """Bytes of a weight and of a hidden state's value: 2 in bf16, 4 in fp32."""
+    router_in_norm: bool
+    """Whether the router shares the passes of the norm before it, as the GPU kernels do."""
 
     @staticmethod
     def expected(
         model: ModelConfig, blocks: int, tokens: int, accumulation: int, element: int = 2
     ) -> "StepShape":
-        """Take the numbers of types from those measured on text."""
+        """Take the numbers of types from those measured on text, and the GPU kernels."""
         micro_types = expected_types(tokens, model.vocab_size)
         step_types = expected_types(tokens * accumulation, model.vocab_size)
-        return StepShape(model, blocks, tokens, accumulation, micro_types, step_types, element)
+        return StepShape(
+            model, blocks, tokens, accumulation, micro_types, step_types, element, router_in_norm=True
+        )
 
 
 def memory_bytes(shape: StepShape) -> dict[str, int]:
@@ -44,13 +48,14 @@ def memory_bytes(shape: StepShape) -> dict[str, int]:
 
     - row plan: A (8 N read to find the step's types; 8 N read, 8 N written to order tokens by row)
     - gather and norm: rows read, kept, read again and normalised ones written, 4 S K D e
-    - router forward, A L times: its input read, N D e; logits written, N J e
+    - router forward, A L times: logits written, N J e; outside the norm its input read, N D e
     - mix forward, A L times: rows read, U K D e; logits read and weights written, N J (e + 4); token rows, 4 N.
       Residual, FFN output and sum are what the base model moves too.
     - mix backward, A L times: output's gradient and rows read, (N D + U K D) e; weights read and the logits'
       gradient written, N J (4 + e); token rows, 4 N
-    - router backward, A L times: the input's gradient read and written with the router's added, 2 N D e; the
-      input read for the router's own, N D e; the logits' gradient read by both, 2 N J e
+    - router backward, A L times: the input read for the router's own gradient, N D e; the logits' gradient read
+      for that and for the input's, 2 N J e; outside the norm the input's gradient read and written with the
+      router's added, 2 N D e. The norm's own passes are the base model's.
     - row gradient, A times: each layer's output gradient and weights read, L N (D e + 4 J); the fp32 sum read and
       written, 8 U K D
     - norm backward: fp32 gradient and rows read, gradient of the rows written, S K D (4 + 2 e)
@@ -69,11 +74,12 @@ def memory_bytes(shape: StepShape) -> dict[str, int]:
     block_row = shape.blocks * width
     rows, board = shape.micro_types * block_row, shape.step_types * block_row
     table = model.vocab_size * block_row
+    apart = 0 if shape.router_in_norm else hidden
     once_a_layer = {
-        "router forward": e * (hidden + banks),
+        "router forward": e * (apart + banks),
         "mix forward": e * rows + banks * (e + 4) + 4 * shape.tokens,
         "mix backward": e * (hidden + rows) + banks * (4 + e) + 4 * shape.tokens,
-        "router backward": e * (3 * hidden + 2 * banks),
+        "router backward": e * (hidden + 2 * apart + 2 * banks),
     }
     return {
         "row plan": shape.accumulation * 24 * shape.tokens,

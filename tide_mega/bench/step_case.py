@@ -41,6 +41,11 @@ class StepCase:
         self.batches = draw_batches(config, accumulation, device.torch_device)
         self.state_bytes = _allocated(device) - before
 
+    @property
+    def router_in_norm(self) -> bool:
+        """Whether the router shares the passes of the norm before it."""
+        return self.stage.board.kernels.norm_router == "triton"
+
     def step(self, watch: Stopwatch) -> None:
         """Make one optimizer step; marks `REGIONS`."""
         config = self.config

@@ -84,6 +84,7 @@ def _line(
         tokens[0].unique().numel(),
         plan_rows(tokens).ids_U.numel(),
         2 if config.trainer.precision == "bf16" else 4,
+        case.router_in_norm,
     )
     flops = count * flops_per_token(config.model, config.memory, config.data.seq_length)
     return {

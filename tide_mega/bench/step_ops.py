@@ -8,12 +8,13 @@ from functools import partial
 from statistics import median
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tide_mega.bench.mix_case import MixInputs, run_mix
 from tide_mega.bench.step_case import StepCase
 from tide_mega.bench.timing import Stopwatch, take_turns
-from tide_mega.kernels.router import route
+from tide_mega.kernels.norm_router import naive, norm_and_route
 from tide_mega.kernels.row_gradient import RowGradient
 from tide_mega.kernels.token_order import TokenOrder
 from tide_mega.memory.plan import plan_rows
@@ -25,8 +26,8 @@ TIMED_LAYERS = 4
 def time_ops(case: StepCase, repeats: int) -> dict[str, float]:
     """Median seconds a step spends in each term of `tide_mega.bench.step_bytes.memory_bytes`, but the optimizer's.
 
-    The mix is timed with the base model's residual sum taken off. `tables' gradient` is in `norm backward`: one
-    backward pass does both.
+    The mix is timed with the base model's residual sum taken off, and a router that shares the norm's passes with
+    the base model's norm taken off. `tables' gradient` is in `norm backward`: one backward pass does both.
     """
     device, microbatches = case.device.torch_device, len(case.batches)
     layers = case.config.model.num_layers
@@ -39,7 +40,8 @@ def time_ops(case: StepCase, repeats: int) -> dict[str, float]:
     version = case.stage.board.kernels.mix
     actions: dict[str, Callable[[Stopwatch], None]] = {
         "plan": partial(_plan, tokens),
-        "router": partial(_router, inputs, case.stage.transformers[0].decoder.layers[0].router_JD),
+        "router": partial(_router, inputs, case),
+        "norm": partial(_norm, inputs, case),
         "mix": partial(_mix, inputs, version),
         "residual sum": partial(_residual_sum, inputs),
         "row gradient": partial(_row_gradient, inputs, version, layers),
@@ -48,12 +50,15 @@ def time_ops(case: StepCase, repeats: int) -> dict[str, float]:
     turns = take_turns(actions, repeats, device, warmup=2, host_ahead=True)
     found = {name: {region: median(values) for region, values in t.items()} for name, t in turns.items()}
     each = microbatches * layers / timed
+    router = found["router"]
+    if case.router_in_norm:
+        router = {region: max(0.0, seconds - found["norm"][region]) for region, seconds in router.items()}
     return {
         "row plan": found["plan"]["plan"] + microbatches * found["mix"].get("order", 0.0),
-        "router forward": each * found["router"]["forward"],
+        "router forward": each * router["forward"],
         "mix forward": each * max(0.0, found["mix"]["forward"] - found["residual sum"]["forward"]),
         "mix backward": each * found["mix"]["backward"],
-        "router backward": each * found["router"]["backward"],
+        "router backward": each * router["backward"],
         "row gradient": microbatches * found["row gradient"]["row gradient"],
         "gather and norm": found["rows"]["forward"],
         "norm backward": found["rows"]["backward"],
@@ -100,13 +105,35 @@ def _residual_sum(inputs: MixInputs, watch: Stopwatch) -> None:
     watch.mark("forward")
 
 
-def _router(inputs: MixInputs, router_JD: Tensor, watch: Stopwatch) -> None:
-    outputs = [route(normed_ND, router_JD) for normed_ND in inputs.residual_ND]
+def _router(inputs: MixInputs, case: StepCase, watch: Stopwatch) -> None:
+    """The router alone, or with the norm where it shares that one's passes."""
+    layer = case.stage.transformers[0].decoder.layers[0]
+    norm, weights = layer.pre_mlp_layernorm, [layer.router_JD]
+    if case.router_in_norm:
+        version, weights = case.stage.board.kernels.norm_router, [layer.router_JD, norm.weight]
+        outputs = [
+            norm_and_route(version, hidden_ND, norm.weight, layer.router_JD, norm.eps)
+            for hidden_ND in inputs.residual_ND
+        ]
+    else:
+        outputs = [naive.route(normed_ND, layer.router_JD) for normed_ND in inputs.residual_ND]
     watch.mark("forward")
     gradients = zip(inputs.grad_ND, inputs.logits_NJ, strict=True)
     for leaf_ND, output, (grad_ND, grad_NJ) in zip(inputs.residual_ND, outputs, gradients, strict=True):
         # One layer at a time: each has its own router, so nothing is added up.
-        torch.autograd.grad(output, (leaf_ND, router_JD), (grad_ND, grad_NJ.detach()))
+        torch.autograd.grad(output, (leaf_ND, *weights), (grad_ND, grad_NJ.detach()))
+    watch.mark("backward")
+
+
+def _norm(inputs: MixInputs, case: StepCase, watch: Stopwatch) -> None:
+    """The base model's norm."""
+    norm = case.stage.transformers[0].decoder.layers[0].pre_mlp_layernorm
+    outputs = [
+        F.rms_norm(hidden_ND, norm.weight.shape, norm.weight, norm.eps) for hidden_ND in inputs.residual_ND
+    ]
+    watch.mark("forward")
+    for leaf_ND, output_ND, grad_ND in zip(inputs.residual_ND, outputs, inputs.grad_ND, strict=True):
+        torch.autograd.grad(output_ND, (leaf_ND, norm.weight), grad_ND)
     watch.mark("backward")
 
 

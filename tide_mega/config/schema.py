@@ -83,6 +83,8 @@ class KernelConfig:
     """Mix by index and its row gradient: auto (triton on a GPU, cpu on a CPU), naive, cpu, or triton."""
     row_norm: str = "auto"
     """RMSNorm of the step's distinct rows: auto, naive, cpu, or triton."""
+    norm_router: str = "auto"
+    """RMSNorm before the feed-forward network with the router: auto (triton on a GPU), naive, or triton."""
     loss_tokens: int | None = None
     """Tokens whose logits exist at a time in the loss; null chooses by device and vocabulary."""
     compile: bool = True

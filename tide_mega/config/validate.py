@@ -17,6 +17,7 @@ CHOICES = {
     "memory.owners": ("tensor", "tensor_data"),
     "kernels.mix": ("auto", "naive", "cpu", "triton"),
     "kernels.row_norm": ("auto", "naive", "cpu", "triton"),
+    "kernels.norm_router": ("auto", "naive", "triton"),
     "parallel.recompute": ("none", "selective", "full"),
     "trainer.precision": ("auto", "bf16", "fp32"),
     "data.on_bad_shard": ("fail", "skip"),

@@ -17,6 +17,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from tide_mega.kernels.mix import triton as mix
+from tide_mega.kernels.norm_router import router_gradient
+from tide_mega.kernels.norm_router import triton as norm_router
 from tide_mega.kernels.row_gradient import triton as row_gradient
 from tide_mega.kernels.row_norm import triton as row_norm
 from tide_mega.kernels.tuning import Tile
@@ -27,7 +29,7 @@ MOST_REGISTERS = 255
 MOST_SINGLE_LOADS = 8
 _REGISTERS, _WARPS, _PROGRAMS = 65_536, 64, 32
 _SHARED, _SHARED_A_PROGRAM, _SHARED_RESERVED = 228 * 1024, 227 * 1024, 1024
-_SIZES = ("N", "U", "C", "CHUNK")
+_SIZES = ("N", "U", "C", "CHUNK", "J")
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,21 @@ def _norm_backward(K: int, D: int, tile: Tile) -> tuple[Any, dict[str, int]]:
     return row_norm.backward_kernel, {"D": D, "K": K, "D_PAD": triton.next_power_of_2(D)}
 
 
+def _norm_router_forward(K: int, D: int, tile: Tile) -> tuple[Any, dict[str, int]]:
+    return norm_router.forward_kernel, {
+        **{"D": D, "J": K + 1, "J_PAD": max(16, triton.next_power_of_2(K + 1))},
+        **{"BN": tile.items, "BD": tile.width, "INTERPRETED": False},
+    }
+
+
+def _norm_router_backward(K: int, D: int, tile: Tile) -> tuple[Any, dict[str, int]]:
+    return norm_router.backward_kernel, {"D": D, "D_PAD": triton.next_power_of_2(D), "BN": tile.items}
+
+
+def _router_gradient(K: int, D: int, tile: Tile) -> tuple[Any, dict[str, int]]:
+    return router_gradient.router_kernel, _norm_router_forward(K, D, tile)[1]
+
+
 KERNELS: dict[str, Callable[[int, int, Tile], tuple[Any, dict[str, int]]]] = {
     "mix_forward": _mix_forward,
     "mix_backward": _mix_backward,
@@ -108,6 +125,9 @@ KERNELS: dict[str, Callable[[int, int, Tile], tuple[Any, dict[str, int]]]] = {
     "row_slots": _row_slots,
     "norm_forward": _norm_forward,
     "norm_backward": _norm_backward,
+    "norm_router_forward": _norm_router_forward,
+    "norm_router_backward": _norm_router_backward,
+    "router_gradient": _router_gradient,
 }
 """By the name in the tuning table: the kernel and its compile-time values."""
 
@@ -117,6 +137,7 @@ _NOT_IN_DTYPE = {
     ),
     **dict.fromkeys(("gradients_ptr", "alphas_ptr"), "*i64"),
     **dict.fromkeys(("alpha_ptr", "total_ptr", "slots_ptr", "grad_gains_ptr"), "*fp32"),
+    **dict.fromkeys(("scale_ptr", "gain_parts_ptr", "router_parts_ptr"), "*fp32"),
     "eps": "fp32",
 }
 """Types of the arguments that are not in the activations' dtype."""

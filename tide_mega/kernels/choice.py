@@ -19,10 +19,14 @@ class KernelChoice:
     mix: str
     """Also of the row gradient."""
     row_norm: str
+    norm_router: str
+    """RMSNorm and router of the layers; naive on a CPU."""
 
     def describe(self) -> str:
         """One phrase for the start-up log."""
-        return f"mix and row gradient {self.mix}, row norm {self.row_norm}"
+        return (
+            f"mix and row gradient {self.mix}, row norm {self.row_norm}, norm and router {self.norm_router}"
+        )
 
 
 def choose_kernels(config: KernelConfig, device: torch.device, num_blocks: int) -> KernelChoice:
@@ -34,19 +38,20 @@ def choose_kernels(config: KernelConfig, device: torch.device, num_blocks: int) 
     return KernelChoice(
         _choose("kernels.mix", config.mix, device, num_blocks),
         _choose("kernels.row_norm", config.row_norm, device, num_blocks),
+        _choose("kernels.norm_router", config.norm_router, device, num_blocks, on_cpu="naive"),
     )
 
 
-def _choose(key: str, wanted: str, device: torch.device, num_blocks: int) -> str:
+def _choose(key: str, wanted: str, device: torch.device, num_blocks: int, on_cpu: str = "cpu") -> str:
     has_triton = importlib.util.find_spec("triton") is not None
     fits = num_blocks <= MAX_TRITON_BLOCKS
     if wanted == "auto":
         if device.type == "cpu":
-            return "cpu"
+            return on_cpu
         return "triton" if has_triton and fits else "naive"
     if wanted == "triton":
         if device.type != "cuda":
-            refuse(key, wanted, f"does not run on {device.type}", "use auto, cpu or naive")
+            refuse(key, wanted, f"does not run on {device.type}", "use auto or naive")
         if not has_triton:
             refuse(key, wanted, "needs the triton package", "install triton, or use auto or naive")
         if not fits:

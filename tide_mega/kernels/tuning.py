@@ -13,7 +13,10 @@ from pathlib import Path
 import torch
 
 TABLE = Path(__file__).with_suffix(".json")
-KERNELS = ("mix_forward", "mix_backward", "row_gradient", "row_slots", "norm_forward", "norm_backward")
+KERNELS = (
+    *("mix_forward", "mix_backward", "row_gradient", "row_slots", "norm_forward", "norm_backward"),
+    *("norm_router_forward", "norm_router_backward", "router_gradient"),
+)
 ANY = "any"
 """Architecture of the entries for those that have none of their own, and for the interpreter."""
 COMPILED = "compile report, not timed"
@@ -21,7 +24,10 @@ COMPILED = "compile report, not timed"
 
 @dataclass(frozen=True)
 class Tile:
-    """What one program of a kernel works on. The norms hold a whole row and use `warps` alone."""
+    """What one program of a kernel works on.
+
+    Programs that hold whole rows ignore `width`, and the norms of memory rows, one at a time, `items` too.
+    """
 
     items: int
     """Tokens, or pairs of layer and token, a tile; a power of two."""

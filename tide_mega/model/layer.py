@@ -12,7 +12,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor, nn
 
 from tide_mega.kernels.mix import mix
-from tide_mega.kernels.router import route
+from tide_mega.kernels.norm_router import norm_and_route
 from tide_mega.kernels.token_order import TokenOrder
 from tide_mega.model.memory import MemoryBoard
 
@@ -54,9 +54,13 @@ class TideLayer(TransformerLayer):
             raise RuntimeError(
                 "the memory was not read for this step: a MemoryReading comes before the schedule"
             )
-        normed_SBD = self._forward_pre_mlp_layernorm(hidden_SBD)
-        normed_ND, logits_NJ = route(normed_SBD.flatten(0, 1), router_JD)
-        ffn_SBD, _ = self._mlp(normed_ND.view_as(normed_SBD))
+        normed_ND, logits_NJ = self.pre_mlp_layernorm(
+            hidden_SBD.flatten(0, 1),
+            lambda hidden_ND, gain_D, eps: norm_and_route(
+                self.board.kernels.norm_router, hidden_ND, gain_D, router_JD, eps
+            ),
+        )
+        ffn_SBD, _ = self._mlp(normed_ND.view_as(hidden_SBD))
         order = TokenOrder.unpack(packed, logits_NJ.size(0))
         sink = self.board.sink if torch.is_grad_enabled() else None
         out_SBD, alpha_NJ = mix(self.board.kernels.mix, logits_NJ, hidden_SBD, ffn_SBD, rows_UKD, order, sink)

@@ -1,5 +1,8 @@
 """RMSNorm as megatron-core's specs build it, usable under sequence parallelism without apex."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
@@ -19,6 +22,14 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(hidden_size))
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise x [..., D]."""
+    def forward(self, x: Tensor, fused: Callable[[Tensor, Tensor, float], Any] | None = None) -> Any:
+        """Normalise x [..., D].
+
+        Args:
+            x: any leading dimensions.
+            fused: does more in the norm's own pass: `fused(x, gain, eps)` is returned instead. Called here and
+                not outside, since ZeRO-3 brings a module's parameters together for its forward alone.
+        """
+        if fused is not None:
+            return fused(x, self.weight, self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)

@@ -1,4 +1,4 @@
-"""Router logits beside the feed-forward network's input.
+"""torch's RMSNorm, then the router as a matrix product: the oracle, and the version for CPUs.
 
 Shapes: N tokens, D hidden size, J = K + 1 banks, the null bank last.
 """
@@ -26,5 +26,10 @@ class _Route(torch.autograd.Function):
 
 
 def route(normed_ND: Tensor, router_JD: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the input, to be used from here on, and its router logits [N, J] (paper 3.5, before the softmax)."""
+    """Return the input, to be used from here on, and its router logits [N, J]."""
     return _Route.apply(normed_ND, router_JD)
+
+
+def norm_and_route(hidden_ND: Tensor, gain_D: Tensor, router_JD: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """As `tide_mega.kernels.norm_router.norm_and_route`."""
+    return route(F.rms_norm(hidden_ND, gain_D.shape, gain_D, eps), router_JD)
