@@ -8,6 +8,9 @@
 #   TIDE_VENV       virtual environment, where no container is given; default: $TIDE_HOME/.venv if there is one
 #   TIDE_RUN_NAME   name of the run folder; default: <experiment>-<job id>, which a requeued job keeps
 #   TIDE_IFNAME     network interface for NCCL's and gloo's sockets between nodes
+#   TIDE_WAIT_SECONDS  how long processes may go on after the first has ended; default 120
+#   TIDE_HEALTH     0 leaves out the check of the nodes before the run
+# and those of outcome.sh, which decides what follows when the processes have ended.
 set -euo pipefail
 
 fail() {
@@ -23,9 +26,13 @@ home="${TIDE_HOME:-$SLURM_SUBMIT_DIR}"
 [[ -f "$home/tide_mega/train.py" && -f "$home/conf/config.yaml" ]] ||
     fail "No tide_mega checkout in $home: call sbatch in the checkout's folder or set TIDE_HOME."
 cd "$home"
+# shellcheck source-path=SCRIPTDIR source=outcome.sh
+. "$home/slurm/outcome.sh"
 
 # --- Which Python.
-launch=(srun --kill-on-bad-exit=1 --cpu-bind=none)
+# A process that has ended leaves the others time to end as well: rank 0 may still be writing out its logs, and a
+# status that all agreed on would be lost. After that a dead process ends the job instead of hanging it.
+launch=(srun --kill-on-bad-exit=0 "--wait=${TIDE_WAIT_SECONDS:-120}" --cpu-bind=none)
 if [[ -n "${TIDE_CONTAINER:-}" ]]; then
     launch+=("--container-image=$TIDE_CONTAINER" "--container-workdir=$home")
     launch+=("--container-mounts=$home:$home${TIDE_MOUNTS:+,$TIDE_MOUNTS}")
@@ -77,6 +84,14 @@ elif [[ -n "${TIDE_IFNAME:-}" ]]; then
     export NCCL_SOCKET_IFNAME="$TIDE_IFNAME" GLOO_SOCKET_IFNAME="$TIDE_IFNAME"
 fi
 export MASTER_ADDR MASTER_PORT
+TIDE_NODES="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd" ")" # in the order of the ranks
+export TIDE_NODES
+
+# --- When the time limit strikes, which the training wants to know; empty where there is none.
+if [[ -z "${SLURM_JOB_END_TIME:-}" ]]; then
+    SLURM_JOB_END_TIME="$(date -d "$(job_field EndTime)" +%s 2>/dev/null || true)"
+    export SLURM_JOB_END_TIME
+fi
 
 # --- Libraries.
 export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
@@ -84,9 +99,20 @@ export TORCH_NCCL_ASYNC_ERROR_HANDLING=1 # a dead peer ends the job instead of h
 export CUDA_DEVICE_MAX_CONNECTIONS=1     # Megatron's tensor parallelism overlaps only in this order
 export PYTHONUNBUFFERED=1
 
-run_name="${TIDE_RUN_NAME:-$EXPERIMENT-$SLURM_JOB_ID}"
+export TIDE_RUN_NAME="${TIDE_RUN_NAME:-$EXPERIMENT-$SLURM_JOB_ID}"
+export TIDE_SICK_LIST="$home/.sick-nodes-$SLURM_JOB_ID" # one a line, written by tide_mega.health
 echo "Job $SLURM_JOB_ID (restart ${SLURM_RESTART_COUNT:-0}): $SLURM_NTASKS process(es) on $SLURM_JOB_NUM_NODES" \
-    "node(s), rendezvous at $MASTER_ADDR:$MASTER_PORT, run folder name $run_name."
+    "node(s), rendezvous at $MASTER_ADDR:$MASTER_PORT, run folder name $TIDE_RUN_NAME."
 
 # The user's overrides come last: they win over these.
-"${launch[@]}" bash "$home/slurm/task.sh" "experiment=$EXPERIMENT" "cluster=$cluster" "run.name=$run_name" "$@"
+words=("experiment=$EXPERIMENT" "cluster=$cluster" "run.name=$TIDE_RUN_NAME" "$@")
+status=0
+if [[ "${TIDE_HEALTH:-1}" != 0 ]]; then
+    # Its own port: the training's must not be lingering when it starts.
+    health_port="$((20000 + (MASTER_PORT - 20000 + 6000) % 12000))"
+    MASTER_PORT="$health_port" run_step "${launch[@]}" bash "$home/slurm/task.sh" tide_mega.health "${words[@]}"
+fi
+if ((status == 0)); then
+    run_step "${launch[@]}" bash "$home/slurm/task.sh" tide_mega.train "${words[@]}"
+fi
+finish "$status"

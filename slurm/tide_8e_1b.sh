@@ -7,6 +7,7 @@
 #SBATCH --exclusive
 #SBATCH --requeue
 #SBATCH --open-mode=append
+#SBATCH --signal=B:USR1@300
 #SBATCH --output=%x-%j.log
 EXPERIMENT=tide_8e_1b
 body="${TIDE_HOME:-${SLURM_SUBMIT_DIR:-.}}/slurm/body.sh"

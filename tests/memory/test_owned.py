@@ -148,13 +148,15 @@ def skip(vocabulary, steps):
     """Whether a skipped step left master, moments and gradient as they were."""
     tables = owned_tables(vocabulary, 1)
     take_steps(tables, steps[:1])
-    before = {name: value.clone() for name, value in tables.state().items()}
+    before = {name: value.clone() for name, value in tables.kept().items()} | {
+        "updates": torch.tensor(tables.updates)
+    }
     ids = steps[1].ids_by_replica[tables.groups.data_rank]
     fetch = tables.fetch(torch.tensor(ids, dtype=torch.int64))
     tables.rows_of(fetch)
     tables.add_gradient(fetch, torch.full((len(ids), BLOCKS, WIDTH), float("nan")))
     tables.drop_gradient()
-    after = tables.state()
+    after = tables.kept() | {"updates": torch.tensor(tables.updates)}
     return [
         *(torch.equal(after[name], before[name]) for name in before),
         after.keys() == before.keys(),
@@ -174,21 +176,25 @@ def test_a_skipped_step_changes_nothing(pools, first, draw):
 
 
 def resume(vocabulary, steps):
-    """Final masters of a run, and of one whose owners were made anew from `state` in the middle."""
+    """Final masters of a run, and of one whose owners were made anew from `kept` in the middle."""
     whole = owned_tables(vocabulary, 1)
     take_steps(whole, steps)
     broken = owned_tables(vocabulary, 1)
     middle = len(steps) // 2
     take_steps(broken, steps[:middle])
-    saved = {name: value.clone() for name, value in broken.state().items()}
+    saved = {name: value.clone() for name, value in broken.kept().items()}
     anew = owned_tables(vocabulary, 1)
     with torch.no_grad():
         anew.master_WKD.fill_(7)
-    anew.load_state(saved)
-    restored = anew.state()
+    for name, memory in anew.kept().items():
+        memory.copy_(saved[name])
+    anew.updates = broken.updates
+    restored = anew.kept()
     same = restored.keys() == saved.keys() and all(torch.equal(restored[k], saved[k]) for k in saved)
     take_steps(anew, steps[middle:], first=middle)
-    return same, all(torch.equal(whole.state()[k], anew.state()[k]) for k in whole.state())
+    made = sum(not step.skipped for step in steps)
+    same = same and whole.updates == anew.updates == made
+    return same, all(torch.equal(whole.kept()[k], anew.kept()[k]) for k in whole.kept())
 
 
 @QUICK

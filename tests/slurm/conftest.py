@@ -6,7 +6,8 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,10 +44,10 @@ MinJobAge=86400
 JobRequeue=1
 KillWait=5
 SlurmdParameters=config_overrides
-NodeName=DEFAULT CPUs=2 SocketsPerBoard=1 CoresPerSocket=2 ThreadsPerCore=1 RealMemory=2000 State=UNKNOWN
-NodeName=node1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]}
-NodeName=node2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]}
-PartitionName=main Nodes=node[1-2] Default=YES MaxTime=INFINITE State=UP
+GresTypes=gpu
+NodeName=DEFAULT CPUs={cpus} SocketsPerBoard=1 CoresPerSocket={cpus} ThreadsPerCore=1 RealMemory=2000 State=UNKNOWN
+{node_lines}
+PartitionName=main Nodes=node[1-{nodes}] Default=YES MaxTime=INFINITE State=UP
 """
 
 
@@ -64,17 +65,24 @@ class Cluster:
 
     def finish(self, job: str, timeout: float, restarts: int = 0) -> dict[str, str]:
         """Wait until the job has ended, for the `restarts`-th time after its first; its fields."""
-        deadline = time.monotonic() + timeout
+        deadline, ended_at = time.monotonic() + timeout, None
         while True:
-            shown = self.run("scontrol", "--oneliner", "show", "job", job).stdout
-            fields = dict(word.split("=", 1) for word in shown.split() if "=" in word)
+            fields = self.fields(job)
             ended = fields.get("JobState") in {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
             if ended and int(fields["Restarts"]) >= restarts:
                 return fields
+            ended_at = (ended_at or time.monotonic()) if ended else None
+            if ended_at is not None and time.monotonic() > ended_at + 20:
+                pytest.fail(f"job {job} ended for good, restarts={fields['Restarts']}:\n{fields}")
             if time.monotonic() > deadline:
                 self.run("scancel", job)
-                pytest.fail(f"job {job} did not end within {timeout:.0f} s:\n{shown}\n{self.logs()}")
+                pytest.fail(f"job {job} did not end within {timeout:.0f} s:\n{fields}\n{self.logs()}")
             time.sleep(0.2)
+
+    def fields(self, job: str) -> dict[str, str]:
+        """What scontrol shows of the job now."""
+        shown = self.run("scontrol", "--oneliner", "show", "job", job).stdout
+        return dict(word.split("=", 1) for word in shown.split() if "=" in word)
 
     def logs(self) -> str:
         return "\n".join(f"--- {p.name}\n{p.read_text()[-3000:]}" for p in sorted(self.folder.glob("*.log")))
@@ -96,21 +104,33 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-@pytest.fixture(scope="session")
-def cluster(tmp_path_factory):
+@contextmanager
+def start_cluster(folder: Path, *, nodes: int, cpus: int, gpus: int) -> Iterator[Cluster]:
+    """Bring up `nodes` nodes, each with `cpus` cores and `gpus` pretended GPUs; all on this host."""
     for daemon in DAEMONS:
         if shutil.which(daemon, path=f"{os.environ['PATH']}:/usr/sbin") is None:
             pytest.skip(f"{daemon} is not installed (apt-get install slurm-wlm munge)")
     if os.geteuid() != 0:
         pytest.skip("bringing up a SLURM cluster needs root")
-    folder = tmp_path_factory.mktemp("slurm")
-    for name in ("munge", "state", "spool/node1", "spool/node2"):
+    names = [f"node{number + 1}" for number in range(nodes)]
+    for name in ("munge", "state", *(f"spool/{name}" for name in names)):
         (folder / name).mkdir(parents=True, mode=0o700)
     (folder / "munge").chmod(0o711)
     config = folder / "slurm.conf"
+    host, ports = socket.gethostname().split(".")[0], free_ports(1 + nodes)
+    gres = f" Gres=gpu:{gpus}" if gpus else ""
+    node_lines = [
+        f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port}{gres}"
+        for name, port in zip(names, ports[1:], strict=True)
+    ]
     config.write_text(
-        CONFIG.format(host=socket.gethostname().split(".")[0], folder=folder, ports=free_ports(3))
+        CONFIG.format(
+            host=host, folder=folder, ports=ports, nodes=nodes, cpus=cpus, node_lines="\n".join(node_lines)
+        )
     )
+    if gpus:  # character devices pass for GPUs, plain files do not
+        files = f"/dev/tty[0-{gpus - 1}]"
+        (folder / "gres.conf").write_text(f"NodeName=node[1-{nodes}] Name=gpu File={files}\n")
     key = folder / "munge" / "key"
     key.write_bytes(os.urandom(128))
     key.chmod(0o400)
@@ -133,21 +153,30 @@ def cluster(tmp_path_factory):
         )
         wait_until((munge / "socket").exists, "munged's socket", here.logs)
         start("/usr/sbin/slurmctld", "-D", "-f", str(config))
-        for node in ("node1", "node2"):
-            start("/usr/sbin/slurmd", "-D", "-f", str(config), "-N", node)
+        for name in names:
+            start("/usr/sbin/slurmd", "-D", "-f", str(config), "-N", name)
         wait_until(
-            lambda: here.run("sinfo", "-h", "-o", "%D %t").stdout.strip() == "2 idle",
-            "2 idle nodes",
+            lambda: here.run("sinfo", "-h", "-o", "%D %t").stdout.strip() == f"{nodes} idle",
+            f"{nodes} idle nodes",
             here.logs,
         )
         yield here
     finally:
-        here.run("scancel", "--state=RUNNING,PENDING", "--user=root")
-        wait_until(lambda: not here.run("squeue", "-h").stdout.strip(), "an empty queue", here.logs)
-        for process in reversed(started):
-            process.send_signal(signal.SIGTERM)
-            try:
-                process.wait(timeout=15)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+        try:
+            here.run("scancel", "--state=RUNNING,PENDING", "--user=root")
+            wait_until(lambda: not here.run("squeue", "-h").stdout.strip(), "an empty queue", here.logs)
+        finally:
+            for process in reversed(started):
+                process.send_signal(signal.SIGTERM)
+                try:
+                    process.wait(timeout=15)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory):
+    """Two nodes of four cores (there may be fewer in this host), without GPUs."""
+    with start_cluster(tmp_path_factory.mktemp("slurm"), nodes=2, cpus=4, gpus=0) as here:
+        yield here

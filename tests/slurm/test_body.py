@@ -2,19 +2,23 @@
 
 import json
 import os
+import re
 import shutil
+import time
 from pathlib import Path
 
 import pytest
 
+from tests.slurm.conftest import start_cluster
+
 ROOT = Path(__file__).parents[2]
-SCRIPTS = sorted(path for path in (ROOT / "slurm").glob("*.sh") if path.stem not in {"body", "task"})
+SCRIPTS = sorted(path for path in (ROOT / "slurm").glob("*.sh") if "_" in path.stem)
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
 STUB = """\
 import json, os, sys
 names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
-         "GLOO_SOCKET_IFNAME", "SLURM_RESTART_COUNT")
+         "GLOO_SOCKET_IFNAME", "SLURM_RESTART_COUNT", "SLURM_JOB_END_TIME")
 seen = {name: os.environ.get(name) for name in names} | {"argv": sys.argv[1:], "cwd": os.getcwd()}
 if "fail" in sys.argv and os.environ["RANK"] == "1":
     sys.exit(7)
@@ -37,6 +41,7 @@ def home(tmp_path):
 
 def submit(cluster, home, *words, cwd=None, **environment):
     """Submit; the ended job's fields, its log, and what each rank saw."""
+    environment = {"TIDE_HEALTH": "0"} | environment
     done = cluster.run("sbatch", "--parsable", *words, cwd=cwd or home, **environment)
     assert done.returncode == 0, done.stderr
     job = done.stdout.strip()
@@ -166,8 +171,23 @@ def test_every_script_names_an_experiment_that_exists(script):
     experiment = next(line.split("=")[1] for line in text.splitlines() if line.startswith("EXPERIMENT="))
     assert (ROOT / "conf" / "experiment" / f"{experiment}.yaml").is_file()
     assert f"--job-name={script.stem}" in text
-    assert "--requeue" in text and "--open-mode=append" in text
+    assert "--signal=B:USR1@" in text and "--requeue" in text and "--open-mode=append" in text
     assert os.access(script, os.X_OK)
+
+
+def test_the_time_limit_is_known_to_the_training(cluster, home):
+    before = time.time()
+    *_, seen = submit(cluster, home, *ONE_NODE, "--time=7", "slurm/tide_1b.sh")
+    assert before + 7 * 60 <= int(seen[0]["SLURM_JOB_END_TIME"]) + 1 <= time.time() + 7 * 60 + 1
+
+
+def test_slurm_would_take_every_script_as_it_stands(tmp_path):
+    with start_cluster(tmp_path / "large", nodes=16, cpus=8, gpus=8) as large:
+        for script in SCRIPTS:
+            done = large.run("sbatch", "--test-only", f"slurm/{script.name}", "optim.lr=2e-4")
+            assert done.returncode == 0, f"{script.name}: {done.stderr}"
+            nodes = re.search(r"^#SBATCH --nodes=(\d+)$", script.read_text(), flags=re.M)[1]
+            assert f"using {8 * int(nodes)} processors" in done.stderr
 
 
 def test_outside_slurm_the_body_says_what_to_do(cluster):

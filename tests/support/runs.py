@@ -97,5 +97,13 @@ def train_until(config: TideConfig, step: int) -> int | None:
 
 def curve(metrics: Path) -> list[dict[str, Any]]:
     """Everything a run logged but the clock's part."""
-    clock = {"tokens_per_second", "mfu", "step_seconds", "eta_seconds"}
+    clock = {
+        "tokens_per_second",
+        "mfu",
+        "step_seconds",
+        "eta_seconds",
+        "goodput",
+        "slowest_ratio",
+        "slow_ranks",
+    }
     return [{k: v for k, v in record.items() if k not in clock} for record in read_metrics(metrics)]

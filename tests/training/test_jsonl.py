@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tide_mega.training.jsonl import JsonlLogger, _decode, _encode, read_metrics, truncate_after
-from tide_mega.training.records import EvalRecord, TrainRecord
+from tide_mega.training.records import EvalRecord, EventRecord, TrainRecord
 
 TRAIN = TrainRecord(
     step=10,
@@ -131,3 +131,31 @@ def test_a_file_that_is_not_there_has_nothing_to_drop(tmp_path: Path) -> None:
     assert truncate_after(tmp_path / "metrics.jsonl", 3) == 0
     with pytest.raises(FileNotFoundError):
         read_metrics(tmp_path / "metrics.jsonl")
+
+
+def test_going_back_drops_the_lines_that_come_again(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    logger = JsonlLogger(path, None)
+    for step in (10, 20, 30):
+        logger.log_train(replace(TRAIN, step=step))
+    event = EventRecord(
+        step=20, tokens=33_000, event="rollback", reason="spike", at_step=33, loss=9.5, z_score=11.0
+    )
+    logger.log_event(replace(event, step=28, tokens=28_000, event="skipped"))
+    logger.rewind(20)
+    logger.log_event(event)
+    logger.log_train(replace(TRAIN, step=30, loss=1.0))
+    logger.close()
+    records = read_metrics(path)
+    assert [(record["kind"], record["step"]) for record in records] == [
+        ("train", 10),
+        ("train", 20),
+        ("event", 28),
+        ("event", 20),
+        ("train", 30),
+    ]
+    assert records[3] == {"kind": "event", **asdict(event)}
+    assert records[4]["loss"] == 1.0
+    # Resumed from the checkpoint of step 20 before the rollback: everything since comes again.
+    JsonlLogger(path, 20, 20_000).close()
+    assert [record["step"] for record in read_metrics(path)] == [10, 20]

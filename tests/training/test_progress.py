@@ -48,6 +48,15 @@ def test_training_line_of_a_baseline_without_a_known_peak() -> None:
     )
 
 
+def test_what_went_wrong_is_in_the_line() -> None:
+    record = replace(
+        TRAIN, goodput=0.9125, skipped_steps=2, rollbacks=1, slow_ranks=[2, 3], slowest_ratio=2.514
+    )
+    assert format_train(record, 2000).endswith(
+        " | null 0.250 | goodput 91.2% | skipped 2 | rollbacks 1 | slow ranks 2, 3 (2.51 x) | ETA 3h12m"
+    )
+
+
 def test_evaluation_line() -> None:
     assert format_eval(EVAL, 2000) == (
         "step  120/2000 | held-out loss 4.5000 | rare 7.2500 | mid - | common 3.5000 | 235,000 tokens"

@@ -1,6 +1,9 @@
+from collections.abc import Callable
+
 import pytest
 import torch
 
+from tide_mega.training.goodput import Ledger
 from tide_mega.training.peak import describe_peak, measured_cpu_tflops, peak_tflops
 from tide_mega.training.throughput import Throughput
 
@@ -13,7 +16,7 @@ class Clock:
         return self.now
 
 
-def meter(clock: Clock, peak: float | None = 2e-9, **values: int) -> Throughput:
+def meter(clock: Callable[[], float], peak: float | None = 2e-9, **values: int) -> Throughput:
     options = {"tokens_per_step": 50, "devices": 2, "total_steps": 20, **values}
     return Throughput(flops_per_token=10.0, peak_tflops=peak, clock=clock, **options)  # type: ignore[arg-type]
 
@@ -31,34 +34,23 @@ def test_speed_mfu_and_eta_of_a_window() -> None:
     assert reading.eta_seconds == 24.0
 
 
-def test_evaluation_and_checkpoints_do_not_count() -> None:
+def test_evaluation_and_checkpoints_do_not_count_by_the_ledgers_clock() -> None:
     clock = Clock()
-    throughput = meter(clock)
+    ledger = Ledger(clock=clock, born=clock.now)
+    throughput = meter(ledger.training_seconds)
+    ledger.enter("compute")
     throughput.start(0)
     clock.now += 1
-    with throughput.paused():
+    with ledger.spend("evaluation"):
         clock.now += 1000
-    clock.now += 1
-    throughput.pause()
-    throughput.pause()
-    clock.now += 1000
-    reading = throughput.read(2)
-    clock.now += 1000
-    throughput.resume()
-    throughput.resume()
-    clock.now += 3
-    assert reading.step_seconds == 1.0
-    assert throughput.read(3).step_seconds == 3.0
-
-
-def test_the_clock_runs_again_after_a_failing_block() -> None:
-    clock = Clock()
-    throughput = meter(clock)
-    throughput.start(0)
-    with pytest.raises(RuntimeError), throughput.paused():
+    with ledger.spend("data wait"):
+        clock.now += 1
+    with pytest.raises(RuntimeError), ledger.spend("checkpoint"):
+        clock.now += 1000
         raise RuntimeError
-    clock.now += 5
-    assert throughput.read(1).step_seconds == 5.0
+    assert throughput.read(2).step_seconds == 1.0
+    clock.now += 3
+    assert throughput.read(3).step_seconds == 3.0
 
 
 def test_eta_follows_the_last_windows_only() -> None:

@@ -117,11 +117,23 @@ def test_data_and_tensor_parallel_runs_have_the_single_process_curve(pools, tiny
                     assert record["loss_by_bin"][slot] == (loss and pytest.approx(loss, rel=1e-5))
 
 
-def test_another_topology_is_refused_by_name(pools, tiny_data, tmp_path, finished):
-    config = tiny(tiny_data, finished.parent, "trainer.max_steps=8", world_size=2)
-    for kind, message in pools(2).run(refusal, config):
-        assert kind == "ConfigError"
-        assert "data-parallel size=1 and this run has data-parallel size=2" in message
+def test_a_run_goes_on_at_another_topology_with_the_same_curve(pools, tiny_data, tmp_path, finished):
+    config = tiny(tiny_data, tmp_path)
+    assert pools(1).run(train_until, config, 5) == [5]
+    elsewhere = tiny(tiny_data, tmp_path, "parallel=tp2", "memory.owners=tensor_data", world_size=2)
+    assert train_in(pools, elsewhere, 2) == [6, 6]
+    records = curve(tmp_path / "tiny" / "metrics.jsonl")
+    for record, wanted in zip(records, curve(finished / "metrics.jsonl"), strict=True):
+        assert record["loss"] == pytest.approx(wanted["loss"], rel=1e-6)
+
+
+def test_another_model_is_refused_by_name(pools, tiny_data, tmp_path):
+    config = tiny(tiny_data, tmp_path)
+    assert pools(1).run(train_until, config, 5) == [5]
+    (tmp_path / "tiny" / "config.yaml").unlink()
+    ((kind, message),) = pools(1).run(refusal, tiny(tiny_data, tmp_path, "memory=k4"))
+    assert kind == "ConfigError"
+    assert "step-00000003 holds another model, with memory.num_blocks=2 (now 4)" in message
 
 
 def test_a_vocabulary_larger_than_the_model_is_refused(pools, tiny_data, tmp_path):
@@ -133,14 +145,15 @@ def test_a_vocabulary_larger_than_the_model_is_refused(pools, tiny_data, tmp_pat
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_gradient_that_is_not_finite_stops_the_run_before_it_is_saved(
-    pools, tiny_data, tmp_path, precision
-):
+def test_a_gradient_that_is_never_finite_stops_the_run(pools, tiny_data, tmp_path, precision):
     config = tiny(tiny_data, tmp_path, "model.init_std=1e25", f"trainer.precision={precision}")
     ((kind, message),) = pools(1).run(refusal, config)
     assert kind == "DivergedError"
-    assert "not finite at step 1" in message
-    assert not list((tmp_path / "tiny").glob("checkpoints/step-*"))
+    assert message.startswith("5 steps in a row were skipped")
+    assert "not finite at step 5" in message
+    trained = [r for r in read_metrics(tmp_path / "tiny" / "metrics.jsonl") if r["kind"] == "train"]
+    assert all(math.isnan(record["loss"]) for record in trained)
+    assert [record["skipped_steps"] for record in trained] == [2, 4]
 
 
 def test_starting_anew_keeps_the_old_checkpoints_aside(pools, tiny_data, tmp_path):

@@ -1,4 +1,6 @@
 import json
+import math
+import socket
 import struct
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,8 +13,8 @@ from wandb.proto import wandb_internal_pb2 as pb
 
 from tide_mega.config.schema import LoggingConfig
 from tide_mega.training import wandb_logger
-from tide_mega.training.records import EvalRecord, TrainRecord
-from tide_mega.training.wandb_logger import WandbLogger, eval_metrics, train_metrics
+from tide_mega.training.records import EvalRecord, EventRecord, TrainRecord
+from tide_mega.training.wandb_logger import WandbLogger, eval_metrics, event_metrics, train_metrics
 
 TRAIN = TrainRecord(
     step=10,
@@ -28,6 +30,12 @@ TRAIN = TrainRecord(
     traffic={"row gradients": {"sent": 12, "received": 34}},
     eta_seconds=60.0,
     null_weight_by_layer=[0.2, 0.25],
+    goodput=0.875,
+    skipped_steps=3,
+    spikes=1,
+)
+EVENT = EventRecord(
+    step=3, tokens=100, event="skipped", reason="loss", at_step=3, loss=math.nan, z_score=None
 )
 EVAL = EvalRecord(
     step=10,
@@ -151,6 +159,10 @@ def test_names_of_the_charts() -> None:
         "lr": 1e-4,
         "throughput/tokens_per_second": 12_345.0,
         "throughput/step_seconds": 0.25,
+        "throughput/goodput": 0.875,
+        "faults/skipped_steps": 3,
+        "faults/spikes": 1,
+        "faults/rollbacks": 0,
         "traffic/row_gradients_sent": 12,
         "traffic/row_gradients_received": 34,
         "null_weight/layer_00": 0.2,
@@ -169,6 +181,37 @@ def test_names_of_the_charts() -> None:
         "null_weight_by_decile_mean/0": 0.25,
         "null_weight_by_decile_last/0": 0.125,
     }
+
+
+def test_an_event_is_logged_without_what_is_no_number() -> None:
+    assert event_metrics(EVENT) == {"step": 3, "tokens": 100, "events/skipped": 3}
+    spike = replace(EVENT, event="spike", reason="spike", loss=9.5, z_score=12.0)
+    assert event_metrics(spike) == {
+        "step": 3,
+        "tokens": 100,
+        "events/spike": 3,
+        "events/loss": 9.5,
+        "events/z_score": 12.0,
+    }
+
+
+@pytest.mark.slow
+def test_a_server_that_refuses_connections_costs_a_minute_and_no_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        port = closed.getsockname()[1]
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    wandb.teardown()  # its service has read the environment before
+    logger = open_logger(tmp_path, "abc123", mode="online")
+    logger.log_train(TRAIN)
+    logger.log_event(EVENT)
+    logger.close()
+    assert logger.run_id == "abc123"
+    assert len(read_offline_run(tmp_path)[0]) == 2
+    assert sum("training goes on" in record.message for record in caplog.records) == 1
 
 
 def test_disabled_writes_nothing(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from tide_mega.config.errors import ConfigError
 from tide_mega.config.help_text import group_options, help_text
 from tide_mega.config.messages import explain, refuse_nameless_options, unknown_key
 from tide_mega.config.schema import TideConfig
+from tide_mega.config.sweep_job import adopt_ranks
 from tide_mega.config.validate import validate as check
 
 T = TypeVar("T")
@@ -41,6 +42,7 @@ def hydra_entry(run: Callable[[TideConfig], None]) -> None:
 
     def job(composed: DictConfig) -> None:
         # Inside the job, so that a sweep's other launchers get the same treatment.
+        adopt_ranks()
         with _exit_on_config_error(every_rank=False):
             config = _to_dataclass(composed)
             check(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))

@@ -126,7 +126,8 @@ class DataConfig:
     num_workers: int = 1
     """Loader processes of each rank; 0 reads in the training process."""
     on_bad_shard: str = "fail"
-    """What a missing, truncated or altered shard does at start: fail, or skip (named in the log)."""
+    """What a missing, truncated or altered shard does: fail, or skip (named in the log; of one that goes bad in
+    the middle of a run the windows that cannot be read are left out)."""
     verify: str = "size"
     """How shards are verified at start: size, or checksum (reads everything once)."""
 
@@ -164,8 +165,47 @@ class CheckpointConfig:
     at_end: bool = True
     """Whether the last step is saved too, when `every` does not fall on it."""
     keep_last: int = 2
+    """Newest checkpoints kept in the run folder."""
+    keep_every: int | None = None
+    """Steps; checkpoints at its multiples are kept for ever."""
     resume: bool = True
-    """Continue from the run folder's newest complete checkpoint, if there is one."""
+    """Continue from the newest checkpoint that is whole, if there is one; false moves those there are aside."""
+    asynchronous: bool = True
+    """Train on while a thread writes what was copied to host memory; false writes first."""
+    on_error: str = "stop"
+    """What a save that fails (full disk, for instance) does: stop the run, or continue it with the checkpoints
+    before."""
+    remote: str | None = None
+    """A second folder: finished checkpoints are copied to `remote/run.name`, and found there by a resuming run."""
+    remote_keep_last: int = 2
+
+
+@dataclass
+class FaultConfig:
+    """What a run does when a step, a rank or a machine goes wrong."""
+
+    max_skipped_in_a_row: int = 5
+    """A step whose loss or gradient is not finite on any rank is skipped on all: nothing is updated, the data goes
+    on. After this many in a row the run stops with exit status 4."""
+    spike_z: float = 8.0
+    """A loss spike: the step's loss lies this many robust standard deviations (1.4826 x the median distance from
+    the median, at least 0.1 % of the median) above the median of the last `spike_window` applied steps."""
+    spike_window: int = 128
+    """Applied steps a spike is judged by; none is judged before there are so many."""
+    on_spike: str = "log"
+    """log, skip (the step is not applied), or rollback (load the newest checkpoint and go on with the data that
+    follows the spike)."""
+    max_rollbacks: int = 3
+    """Rollbacks in a run; one more stops it with exit status 4."""
+    straggler_ratio: float = 1.5
+    """A replica is reported as slow where its own computing takes this many times the median replica's."""
+    hang_minutes: float | None = None
+    """Without progress for so long every rank writes its stacks to hangs/rank-R.txt in the run folder and to
+    stderr, and ends with exit status 76, so that the job can be restarted. Null means two thirds of
+    `cluster.timeout_minutes` (collectives must not give up first), 0 never."""
+    inject: list[str] = field(default_factory=list)
+    """For debugging: faults brought about on purpose, `kind@step[:rank]`, such as [nan_grad@7:1,kill@15:0]. Kinds
+    are nan_loss, nan_grad, spike, slow (a third field gives seconds), hang, kill, bad_shard and disk_full."""
 
 
 @dataclass
@@ -195,6 +235,9 @@ class ClusterConfig:
     """CPU threads of each process; null means the cores divided by the processes of the node."""
     timeout_minutes: float = 30.0
     """How long a collective may hang before the run stops."""
+    stop_before_minutes: float = 5.0
+    """In a SLURM job with a time limit, how long before its end the run saves and stops, to be continued by the
+    next start; long enough for two steps, an evaluation and a checkpoint."""
 
 
 @dataclass
@@ -218,6 +261,7 @@ class TideConfig:
     data: DataConfig = field(default_factory=DataConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    faults: FaultConfig = field(default_factory=FaultConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     run: RunConfig = field(default_factory=RunConfig)

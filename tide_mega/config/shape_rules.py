@@ -21,13 +21,6 @@ REFUSED_ZERO3: tuple[tuple[str, Callable[[TideConfig], bool], str], ...] = (
         lambda config: config.memory.owners == "tensor_data",
         "whose own optimizer cannot share ZeRO-3's clip factor",
     ),
-    (
-        "parallel.tensor",
-        lambda config: (
-            config.parallel.tensor > 1 and (config.checkpoint.every > 0 or config.checkpoint.at_end)
-        ),
-        "whose checkpoints DeepSpeed writes and does not load again",
-    ),
 )
 """What ZeRO-3 does not run with: a key, when its value is meant, and why."""
 

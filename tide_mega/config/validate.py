@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tide_mega.config.errors import refuse
+from tide_mega.config.injection import parse_injection
 from tide_mega.config.schema import TideConfig
 from tide_mega.config.shape_rules import check_memory_fit, check_model, check_parallel, check_world
 
@@ -22,6 +23,8 @@ CHOICES = {
     "trainer.precision": ("auto", "bf16", "fp32"),
     "data.on_bad_shard": ("fail", "skip"),
     "data.verify": ("size", "checksum"),
+    "checkpoint.on_error": ("stop", "continue"),
+    "faults.on_spike": ("log", "skip", "rollback"),
     "logging.wandb": ("auto", "online", "offline", "disabled"),
     "cluster.device": ("auto", "cpu", "cuda"),
 }
@@ -31,14 +34,17 @@ POSITIVE = (
     *("parallel.tensor", "parallel.pipeline", "parallel.virtual_pipeline", "memory.width", "memory.window"),
     *("kernels.loss_tokens", "optim.lr", "optim.eps", "optim.decay_steps"),
     *("data.seq_length", "trainer.max_steps", "trainer.max_tokens", "trainer.global_batch_size"),
-    *("trainer.micro_batch_size", "checkpoint.keep_last", "logging.every", "cluster.peak_tflops"),
+    *("trainer.micro_batch_size", "checkpoint.keep_last", "checkpoint.keep_every"),
+    *("checkpoint.remote_keep_last", "logging.every", "cluster.peak_tflops"),
     *("cluster.memory_gb", "cluster.threads", "cluster.timeout_minutes"),
+    *("faults.max_skipped_in_a_row", "faults.spike_z"),
 )
 NOT_NEGATIVE = (
     *("model.init_std", "memory.num_blocks", "memory.table_init_std", "memory.router_init_std"),
     *("optim.init_lr", "optim.min_lr", "optim.warmup_steps", "optim.weight_decay", "optim.clip_grad"),
     *("optim.table_lr_multiplier", "optim.table_weight_decay", "data.seed", "data.num_workers"),
     *("trainer.z_loss", "trainer.eval_every", "trainer.eval_sequences", "trainer.seed", "checkpoint.every"),
+    *("faults.max_rollbacks", "faults.hang_minutes", "cluster.stop_before_minutes"),
 )
 UNSET = "???"
 
@@ -67,6 +73,7 @@ def validate(config: TideConfig, world_size: int | None = None) -> None:
     check_model(config)
     check_parallel(config)
     _check_optim(config)
+    _check_faults(config, world_size)
     _check_run(config)
     if world_size is not None:
         check_world(config, world_size)
@@ -134,6 +141,25 @@ def _check_optim(config: TideConfig) -> None:
             f"is not after optim.warmup_steps={optim.warmup_steps}",
             f"use null or at least {optim.warmup_steps + 1}",
         )
+
+
+def _check_faults(config: TideConfig, world_size: int | None) -> None:
+    faults, timeout = config.faults, config.cluster.timeout_minutes
+    if faults.spike_window < 8:
+        refuse("faults.spike_window", faults.spike_window, "is too short to judge by", "use 8 or more")
+    if faults.straggler_ratio <= 1:
+        refuse("faults.straggler_ratio", faults.straggler_ratio, "is not above 1", "use 1.5, say")
+    if faults.hang_minutes is not None and faults.hang_minutes >= timeout:
+        refuse(
+            "faults.hang_minutes",
+            faults.hang_minutes,
+            f"is not below cluster.timeout_minutes={timeout}, when collectives give up and no stack is seen",
+            "use null (two thirds of it) or a smaller number",
+        )
+    for text in faults.inject:
+        rank = parse_injection(text).rank
+        if world_size is not None and rank is not None and rank >= world_size:
+            refuse("faults.inject", text, f"names a rank of {world_size} processes", "use 0 to one less")
 
 
 def _check_run(config: TideConfig) -> None:

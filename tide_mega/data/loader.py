@@ -6,6 +6,7 @@ is the number of samples consumed, so a resumed run goes on exactly where it sto
 of data-parallel ranks is then.
 """
 
+import logging
 import signal
 import threading
 from collections.abc import Iterator
@@ -21,6 +22,8 @@ from tide_mega.data.errors import DataError
 from tide_mega.data.permutation import Permutation
 from tide_mega.data.stream import TokenStream
 
+log = logging.getLogger(__name__)
+
 _FEEDER = "QueueFeederThread"
 _JOIN_SECONDS = 5.0
 
@@ -29,7 +32,7 @@ class TrainBatches(Iterator[TokenBatch]):
     """The endless micro batches of one rank; `close` ends its loader processes."""
 
     def __init__(self, dataset: "_TrainDataset", sampler: "_MicroBatchSampler", num_workers: int) -> None:
-        loader: DataLoader[TokenBatch] = DataLoader(
+        loader: DataLoader[TokenBatch | DataError] = DataLoader(
             dataset,
             batch_size=None,  # the sampler's items are whole micro batches
             sampler=sampler,
@@ -39,7 +42,7 @@ class TrainBatches(Iterator[TokenBatch]):
             generator=torch.Generator(),  # its own: opening a loader draws a number, which a resume repeats
         )
         before = set(threading.enumerate())
-        self._batches: Iterator[TokenBatch] | None = iter(loader)
+        self._batches: Iterator[TokenBatch | DataError] | None = iter(loader)
         # The queues to the loader's processes each have a thread, and no way to wait for its end.
         self._feeders = [
             thread for thread in threading.enumerate() if thread not in before and thread.name == _FEEDER
@@ -50,10 +53,14 @@ class TrainBatches(Iterator[TokenBatch]):
 
         Raises:
             StopIteration: `close` was called.
+            DataError: a shard can no longer be read, and `on_bad_shard` is fail.
         """
         if self._batches is None:
             raise StopIteration
-        return next(self._batches)
+        batch = next(self._batches)
+        if isinstance(batch, DataError):
+            raise batch
+        return batch
 
     def close(self) -> None:
         """Ends the loader's processes and their queues; nothing is left running."""
@@ -161,26 +168,43 @@ def _batch(stream: TokenStream, windows: np.ndarray, rows: int) -> TokenBatch:
     tokens_BT = torch.full((rows, stream.seq_length), stream.eos_id, dtype=torch.int64)
     labels_BT = torch.full((rows, stream.seq_length), IGNORE_LABEL, dtype=torch.int64)
     for row, i in enumerate(windows.tolist()):
-        window = torch.from_numpy(stream.window(i))
+        try:
+            window = torch.from_numpy(stream.window(i))
+        except DataError as error:
+            if not stream.skips_bad:
+                raise
+            _say_once(str(error))
+            continue  # the row stays without labels, so that it weighs nothing
         tokens_BT[row, : len(window) - 1] = window[:-1]
         labels_BT[row, : len(window) - 1] = window[1:]
     return TokenBatch(tokens_BT, labels_BT)
 
 
-class _TrainDataset(Dataset[TokenBatch]):
-    """Maps an array of sample numbers to their batch."""
+class _TrainDataset(Dataset["TokenBatch | DataError"]):
+    """Maps an array of sample numbers to their batch, or to what is wrong with the data.
+
+    Returned, not raised: an error raised in a loader process arrives with that process's traceback for a message.
+    """
 
     def __init__(self, stream: TokenStream, seed: int) -> None:
         self._stream = stream
         self._seed = seed
 
-    def __getitem__(self, samples: np.ndarray) -> TokenBatch:
+    def __getitem__(self, samples: np.ndarray) -> TokenBatch | DataError:
         n = len(self._stream)
         windows = [
             _permutation(n, self._seed, sample // n)(np.array([sample % n])).item()
             for sample in samples.tolist()
         ]
-        return _batch(self._stream, np.array(windows), len(windows))
+        try:
+            return _batch(self._stream, np.array(windows), len(windows))
+        except DataError as error:
+            return error
+
+
+@lru_cache(maxsize=4096)
+def _say_once(problem: str) -> None:
+    log.warning("%s: its windows are left out, batches are that much smaller", problem)
 
 
 @lru_cache(maxsize=4)
@@ -210,7 +234,7 @@ class _MicroBatchSampler(Sampler[np.ndarray]):
 
 def _ignore_signals(_: int) -> None:
     """A job's signals concern the training process, which ends its loader processes itself."""
-    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
 
 

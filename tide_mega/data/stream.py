@@ -1,14 +1,17 @@
 """Reading a prepared split as one long row of tokens.
 
-The shards are memory-mapped; windows of T + 1 tokens may span samples and shards. Shapes: T is the
-sequence length.
+Windows of T + 1 tokens may span samples and shards. Shapes: T is the sequence length.
+
+Shards are read with positioned reads, not mapped: of a shard that is cut short or fails under a running training,
+a read says so, and a map would end the process with SIGBUS.
 """
 
 import logging
+import os
 from bisect import bisect_right
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,16 +22,25 @@ from tide_mega.data.errors import DataError
 from tide_mega.data.index import DatasetIndex, ShardRecord
 
 _OPEN_SHARDS = 256
-"""Shards mapped at a time."""
+"""Shards open at a time."""
 
 
 class TokenStream:
     """The tokens of a split, in the order of its shards; `window(i)` reads T + 1 of them."""
 
     def __init__(
-        self, folder: Path, index: DatasetIndex, split: str, shards: list[ShardRecord], seq_length: int
+        self,
+        folder: Path,
+        index: DatasetIndex,
+        split: str,
+        shards: list[ShardRecord],
+        seq_length: int,
+        *,
+        skips_bad: bool = False,
     ) -> None:
         """Reads `shards` of `folder`, which are taken to be sound; `open` is the way in."""
+        self.skips_bad = skips_bad
+        """Whether a window that cannot be read is to be left out rather than to end the run."""
         self.split = split
         self.seq_length = seq_length
         self.eos_id = index.tokenizer.eos_id
@@ -41,7 +53,7 @@ class TokenStream:
         self._offset_of_sample = np.array([offset for _, offset, _ in samples], np.int64)
         # Position in the stream of each sample's first token, and the stream's end.
         self._starts = np.concatenate([[0], np.cumsum([n for _, _, n in samples], dtype=np.int64)])
-        self._maps: OrderedDict[int, NDArray[np.uint8]] = OrderedDict()
+        self._open: OrderedDict[int, BinaryIO] = OrderedDict()
         self.fingerprint = fingerprint_of(
             [index.tokenizer.fingerprint, split, seq_length, [shard.sha256 for shard in shards]]
         )
@@ -64,7 +76,8 @@ class TokenStream:
             split: train or validation.
             seq_length: T.
             verify: how each shard is checked first: size, or checksum (reads all of it).
-            on_bad_shard: fail, or skip: leave a bad shard out, with a warning that names it.
+            on_bad_shard: fail, or skip: leave a bad shard out, with a warning that names it; of one that goes
+                bad later, the windows that cannot be read.
             logger: receives the warnings.
 
         Raises:
@@ -101,7 +114,7 @@ class TokenStream:
                     f"shard {folder / shard.file} {problem}; copy it again or prepare the data again, or "
                     "pass data.on_bad_shard=skip to go on without it"
                 )
-        stream = cls(folder, index, split, sound, seq_length)
+        stream = cls(folder, index, split, sound, seq_length, skips_bad=on_bad_shard == "skip")
         if stream.num_tokens < 2:
             raise DataError(
                 f"the {split} split of {folder} holds {stream.num_tokens} readable tokens, and one "
@@ -124,6 +137,7 @@ class TokenStream:
 
         Raises:
             IndexError: there is no token to predict in window `i`.
+            DataError: a shard that was sound can no longer be read.
         """
         start = i * self.seq_length
         if not 0 <= start < self.num_tokens - 1:
@@ -131,7 +145,11 @@ class TokenStream:
         return self.tokens(start, min(start + self.seq_length + 1, self.num_tokens))
 
     def tokens(self, start: int, stop: int) -> NDArray[np.int64]:
-        """Tokens at the positions start … stop - 1 of the stream, [stop - start]."""
+        """Tokens at the positions start … stop - 1 of the stream, [stop - start].
+
+        Raises:
+            DataError: a shard that was sound can no longer be read.
+        """
         out = np.empty(stop - start, np.int64)
         sample = bisect_right(self._starts, start) - 1
         filled = 0
@@ -139,24 +157,50 @@ class TokenStream:
             inside = start + filled - int(self._starts[sample])
             count = min(len(out) - filled, int(self._starts[sample + 1]) - start - filled)
             first = int(self._offset_of_sample[sample]) + inside * self._dtype.itemsize
-            raw = self._map(int(self._shard_of_sample[sample]))[first : first + count * self._dtype.itemsize]
-            out[filled : filled + count] = raw.view(self._dtype)
+            raw = self._read(int(self._shard_of_sample[sample]), first, count * self._dtype.itemsize)
+            out[filled : filled + count] = np.frombuffer(raw, self._dtype)
             filled += count
             sample += 1
         return out
 
-    def _map(self, shard: int) -> NDArray[np.uint8]:
-        if shard in self._maps:
-            self._maps.move_to_end(shard)
-            return self._maps[shard]
-        if len(self._maps) == _OPEN_SHARDS:
-            self._maps.popitem(last=False)
-        self._maps[shard] = np.memmap(self._folder / self._files[shard], np.uint8, mode="r")
-        return self._maps[shard]
+    def _read(self, shard: int, first: int, size: int) -> bytes:
+        path = self._folder / self._files[shard]
+        raw = b""
+        try:
+            descriptor = self._file(shard).fileno()
+            while len(raw) < size and (more := os.pread(descriptor, size - len(raw), first + len(raw))):
+                raw += more
+        except OSError as error:
+            self._forget(shard)
+            raise _unreadable(path, error.strerror or str(error)) from error
+        if len(raw) < size:
+            self._forget(shard)
+            raise _unreadable(path, f"it ends at byte {first + len(raw):,}")
+        return raw
+
+    def _file(self, shard: int) -> BinaryIO:
+        if shard in self._open:
+            self._open.move_to_end(shard)
+            return self._open[shard]
+        if len(self._open) == _OPEN_SHARDS:
+            self._open.popitem(last=False)[1].close()
+        self._open[shard] = (self._folder / self._files[shard]).open("rb", buffering=0)
+        return self._open[shard]
+
+    def _forget(self, shard: int) -> None:
+        if shard in self._open:
+            self._open.pop(shard).close()
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but the maps: another process maps the files itself."""
-        return {**self.__dict__, "_maps": OrderedDict()}
+        """All but the open files: another process opens them itself."""
+        return {**self.__dict__, "_open": OrderedDict()}
+
+
+def _unreadable(path: Path, why: str) -> DataError:
+    return DataError(
+        f"shard {path} can no longer be read ({why}); bring it back and start again, or pass "
+        "data.on_bad_shard=skip to go on without what cannot be read"
+    )
 
 
 def check_shard(folder: Path, shard: ShardRecord, verify: str) -> str | None:

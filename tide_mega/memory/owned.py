@@ -127,7 +127,11 @@ class OwnedTables:
     def kept(self) -> dict[str, Tensor]:
         """Return the master rows and AdamW's moments [W, K, D] themselves, by name; moments not made yet as 0."""
         state = self._moments()
-        return {"master": self.master_WKD.detach(), "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
+        return {
+            "master": self.master_WKD.detach(),
+            "exp_avg": state["exp_avg"],
+            "exp_avg_sq": state["exp_avg_sq"],
+        }
 
     @property
     def updates(self) -> int:

@@ -1,23 +1,21 @@
-"""One name and shape for every weight, whatever the topology: initial values and shards.
+"""Initial values, and filling a process's weights from canonical tensors.
 
-The canonical names and shapes are those of `tide_mega.model.reference`, except that the tables and the
-gains of the memory are addressed block by block. Each canonical tensor has its own random stream, so initial
-weights depend on the seed alone: not on tensor-, pipeline- or data-parallel sizes, and the base weights of a
-TIDE model equal those of its baseline.
+Names are those of `tide_mega.model.canonical`, except that tables and gains are asked for block by block. Each
+canonical tensor has its own random stream, so initial weights depend on the seed alone: not on tensor-, pipeline-
+or data-parallel sizes, and the base weights of a TIDE model equal those of its baseline.
 
-Shapes: V vocabulary, D hidden size, F feed-forward size, K blocks, C head size.
+Shapes: K blocks, D width, W rows of an owner, R rows of a block of the random stream.
 """
 
 import hashlib
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import torch
-from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from tide_mega.config.schema import MemoryConfig, ModelConfig
+from tide_mega.model.canonical import GAINS, TABLES, Box, local_weights
 from tide_mega.model.stage import TideStage
 
 ROW_BLOCK = 8192
@@ -27,92 +25,42 @@ Fetch = Callable[[str, int, int], Tensor]
 """(canonical name, first row, last row) -> those rows of the canonical tensor."""
 
 
-@dataclass(frozen=True)
-class Shard:
-    """Where a process is within the groups that split a tensor."""
-
-    rank: int
-    size: int
-
-    def slice(self, total: int) -> tuple[int, int]:
-        """Return this process's rows (or columns) of `total`."""
-        each = total // self.size
-        return self.rank * each, (self.rank + 1) * each
-
-
 def local_tensors(stage: TideStage, config: ModelConfig, fetch: Fetch) -> Iterator[tuple[Tensor, Tensor]]:
     """Pair every weight of this process with its values, cut from the canonical tensors.
 
-    Weights are the stage's parameters, and the master rows of tables owned outside the model.
+    Weights are the stage's parameters, and the master rows of tables owned outside the model. `fetch` knows the
+    memory block by block, as `memory.tables.0`, `memory.gains.0` and so on.
     """
-    tensor = Shard(stage.groups.tensor_rank, stage.groups.tensor_size)
-    D, V = config.hidden_size, config.vocab_size
-    for chunk in stage.transformers:
-        if chunk.pre_process:
-            yield chunk.embedding.word_embeddings.weight, fetch("embedding.weight", *tensor.slice(V))
-        for layer in chunk.decoder.layers:
-            yield from _layer_tensors(layer, config, tensor, fetch)
-        if chunk.decoder.final_layernorm is not None:
-            yield chunk.decoder.final_layernorm.weight, fetch("final_norm.weight", 0, D)
-        if chunk.output_weight is not None:
-            name = "embedding.weight" if config.tie_embeddings else "output.weight"
-            yield chunk.output_weight, fetch(name, *tensor.slice(V))
-    if stage.absent_tables is not None:
-        yield stage.absent_tables, torch.zeros(1)
-    if stage.memory is not None:
-        yield _tables(stage, V, fetch)
-        blocks = range(stage.num_blocks)
-        yield stage.memory.gains_KD, torch.stack([fetch(f"memory.gains.{k}", 0, D) for k in blocks])
+    for weight in local_weights(stage, config):
+        values = [_values(box, stage.num_blocks, fetch) for box in weight.boxes]
+        yield weight.tensor, torch.cat(values) if values else torch.zeros(1)
+    if stage.owned is not None:
+        yield stage.owned.master_WKD, _owned_rows(stage, config.vocab_size, fetch)
 
 
-def _tables(stage: TideStage, vocab_size: int, fetch: Fetch) -> tuple[Tensor, Tensor]:
-    """Contiguous rows of a tensor shard; or every n-th row of an owner, 0 beyond the vocabulary."""
+def _values(box: Box, num_blocks: int, fetch: Fetch) -> Tensor:
+    first, last = box.offset[0], box.offset[0] + box.size[0]
+    if box.name == TABLES:
+        return torch.stack([fetch(f"{TABLES}.{k}", first, last) for k in range(num_blocks)], dim=1)
+    if box.name == GAINS:
+        return torch.stack([fetch(f"{GAINS}.{k}", 0, box.size[1]) for k in range(first, last)])
+    values = fetch(box.name, first, last)
+    return values if values.ndim == 1 else values[:, box.offset[1] : box.offset[1] + box.size[1]]
+
+
+def _owned_rows(stage: TideStage, vocab_size: int, fetch: Fetch) -> Tensor:
+    """Every n-th row of an owner [W, K, D], 0 beyond the vocabulary."""
+    assert stage.owned is not None
     group, blocks = stage.groups.memory, range(stage.num_blocks)
-    if stage.owned is None:
-        assert stage.memory is not None and stage.memory.tables_WKD is not None
-        first, last = Shard(group.rank(), group.size()).slice(vocab_size)
-        rows = [fetch(f"memory.tables.{k}", first, last) for k in blocks]
-        return stage.memory.tables_WKD, torch.stack(rows, dim=1)
-    master_WKD = stage.owned.master_WKD
-    values_WKD = torch.zeros_like(master_WKD, requires_grad=False, device="cpu")
+    values_WKD = torch.zeros_like(stage.owned.master_WKD, requires_grad=False, device="cpu")
     for k in blocks:
         row = 0
         for first in range(0, vocab_size, ROW_BLOCK):
-            block_RD = fetch(f"memory.tables.{k}", first, min(first + ROW_BLOCK, vocab_size))
+            block_RD = fetch(f"{TABLES}.{k}", first, min(first + ROW_BLOCK, vocab_size))
             own_RD = block_RD[(group.rank() - first) % group.size() :: group.size()]
             values_WKD[row : row + len(own_RD), k] = own_RD
             row += len(own_RD)
-    return master_WKD, values_WKD
-
-
-def _layer_tensors(
-    layer: TransformerLayer, config: ModelConfig, tensor: Shard, fetch: Fetch
-) -> Iterator[tuple[Tensor, Tensor]]:
-    name = f"layers.{layer.layer_number - 1}"
-    D, ffn = config.hidden_size, config.ffn_hidden_size
-    C = D // config.num_attention_heads
-    yield layer.input_layernorm.weight, fetch(f"{name}.attention_norm.weight", 0, D)
-    # megatron keeps, for each query group, its query heads, then its key head, then its value head.
-    heads = config.num_attention_heads // config.num_query_groups
-    pieces = []
-    for group in range(*tensor.slice(config.num_query_groups)):
-        query_rows = group * heads * C, (group + 1) * heads * C
-        pieces.append(fetch(f"{name}.attention.query.weight", *query_rows))
-        pieces.append(fetch(f"{name}.attention.key.weight", group * C, (group + 1) * C))
-        pieces.append(fetch(f"{name}.attention.value.weight", group * C, (group + 1) * C))
-    yield layer.self_attention.linear_qkv.weight, torch.cat(pieces)
-    first, last = tensor.slice(D)
-    yield (
-        layer.self_attention.linear_proj.weight,
-        fetch(f"{name}.attention.output.weight", 0, D)[:, first:last],
-    )
-    yield layer.pre_mlp_layernorm.weight, fetch(f"{name}.ffn_norm.weight", 0, D)
-    first, last = tensor.slice(ffn)
-    gate_and_up = [fetch(f"{name}.ffn.{part}.weight", first, last) for part in ("gate", "up")]
-    yield layer.mlp.linear_fc1.weight, torch.cat(gate_and_up)
-    yield layer.mlp.linear_fc2.weight, fetch(f"{name}.ffn.down.weight", 0, D)[:, first:last]
-    if layer.router_JD is not None:
-        yield layer.router_JD, fetch(f"{name}.router.weight", 0, layer.router_JD.size(0))
+    return values_WKD
 
 
 class InitialWeights:

@@ -6,7 +6,6 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +20,7 @@ from tide_mega.config.schema import OptimConfig
 from tide_mega.parallel.device import Device, detect_libraries
 from tide_mega.parallel.gradients import GradientAccumulator
 from tide_mega.parallel.groups import Mpu, ParallelGroups
+from tide_mega.parallel.optimizer_state import OptimizerState
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,9 @@ class Engine:
         device: Device,
         outside: OutsideOptimizer | None = None,
     ) -> None:
-        self.options, self.outside = options, outside
+        self.options, self.groups, self.outside = options, groups, outside
         self._norm: float | None = None
+        self._outside_square: torch.Tensor | None = None
         self._device = device
         self.parameter_groups = [group for group in parameter_groups if group.parameters]
         # Compiling DeepSpeed's shared-memory collectives takes most of a minute and gloo does without.
@@ -132,11 +133,54 @@ class Engine:
                 return float(norm)
         return 0.0
 
+    def is_gradient_finite(self) -> torch.Tensor:
+        """Whether this process's share of the reduced gradient is finite: 0-d bool on the device, nothing waits.
+
+        After `accumulate`, before `step` or `skip`. Every value counts, whether the norm takes it in or not.
+        """
+        gradients = self._reduced_gradients()
+        largest = torch.nn.utils.get_total_norm(gradients, norm_type=math.inf)  # NaN wins, nothing overflows
+        finite = torch.isfinite(largest.to(self._device.torch_device))
+        if self.outside is not None:
+            self._outside_square = self.outside.square_norm()
+            finite = finite & torch.isfinite(self._outside_square)
+        return finite
+
+    def skip(self) -> None:
+        """Drop the gradients without an update: weights, moments and Adam's count stay; on every rank alike.
+
+        Raises:
+            RuntimeError: DeepSpeed updated all the same.
+        """
+        for gradient in self._reduced_gradients():
+            gradient.fill_(math.nan)  # what DeepSpeed skips by itself, with all its own clearing up
+        self._norm = math.inf if self.options.shares_norm else None
+        self._engine.step()
+        if self._engine.was_step_applied():
+            raise RuntimeError("DeepSpeed applied a gradient of NaN: this version does not skip it")
+        self._drop_outside()
+
+    def poison_gradient(self) -> None:
+        """For fault injection: one value of this process's share of the reduced gradient becomes NaN."""
+        next(g for g in self._reduced_gradients() if g.numel()).view(-1)[0] = math.nan
+
+    def _reduced_gradients(self) -> list[torch.Tensor]:
+        by_group = self._engine.optimizer.averaged_gradients
+        return [gradient for group in by_group.values() for gradient in group or [] if gradient is not None]
+
+    def _drop_outside(self) -> None:
+        self._outside_square = None
+        if self.outside is not None:
+            self.outside.drop_gradient()
+
     def step(self, lr: float) -> bool:
         """Clip, update with learning rate `lr` times each group's multiplier, and clear gradients.
 
+        DeepSpeed finds bad values where the norm looks: under tensor and pipeline parallelism not in every copy of
+        a replicated weight. `is_gradient_finite` on every rank comes first.
+
         Returns:
-            Whether the update was made: a gradient that is not finite leaves every rank's weights as they are.
+            Whether the update was made: a norm that is not finite leaves every rank's weights as they are.
         """
         for group, settings in zip(self._engine.optimizer.param_groups, self.parameter_groups, strict=True):
             group["lr"] = lr * settings.lr_multiplier
@@ -148,6 +192,7 @@ class Engine:
                 self.outside.step(lr, scale)
             else:
                 self.outside.drop_gradient()
+        self._outside_square = None
         return applied
 
     def _clip_together(self) -> float:
@@ -158,7 +203,8 @@ class Engine:
         optimizer = self._engine.optimizer
         square = torch.zeros((), dtype=torch.float64, device=self._device.torch_device)
         if self.outside is not None:
-            square += self.outside.square_norm()
+            known = self._outside_square
+            square += self.outside.square_norm() if known is None else known
         dist.all_reduce(square)
         inside = float(optimizer.scaled_global_norm())  # -1 where it is not finite
         self._norm = math.sqrt(inside**2 + float(square)) if inside >= 0 else math.inf
@@ -167,9 +213,8 @@ class Engine:
             self._norm, scale = math.inf, math.nan
         elif self.options.clip_grad > 0:
             scale = min(1.0, self.options.clip_grad / (self._norm + 1e-6))
-        for gradients in optimizer.averaged_gradients.values():
-            for gradient in gradients or []:
-                gradient.mul_(scale)
+        for gradient in self._reduced_gradients():
+            gradient.mul_(scale)
         return scale
 
     def grad_norm(self) -> float:
@@ -180,15 +225,12 @@ class Engine:
         """Return the fp32 weight that the optimizer updates, whole over data parallelism; collective."""
         return deepspeed.utils.safe_get_full_fp32_param(parameter)
 
-    def save(self, folder: Path, tag: str) -> None:
-        """Write this process's share of model and optimizer to `folder/tag`; collective."""
-        self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
-
-    def load(self, folder: Path, tag: str) -> None:
-        """Read what `save` wrote at the same topology; collective."""
-        loaded, _ = self._engine.load_checkpoint(str(folder), tag=tag, load_lr_scheduler_states=False)
-        if loaded is None:
-            raise FileNotFoundError(f"{folder / tag} holds no checkpoint this topology can read")
+    @property
+    def state(self) -> OptimizerState:
+        """Master weights and moments as this data-parallel rank keeps them: what a checkpoint holds."""
+        return OptimizerState(
+            self._engine.optimizer, self.module, self.options.zero_stage, self.groups.data_rank
+        )
 
     def close(self) -> None:
         """Drop hooks and buffers, so that a process can build another engine."""

@@ -237,6 +237,11 @@ class Mpu:
         return dist.get_process_group_ranks(self.groups.data)
 
 
+def make_host_group() -> ProcessGroup:
+    """Make a group of all processes that moves host memory, apart from every other; collective."""
+    return dist.new_group(backend="gloo")
+
+
 def sum_over(group: ProcessGroup, tensor: torch.Tensor) -> torch.Tensor:
     """Sum `tensor` over the group, in place, and return it; free where the group has one member."""
     if group.size() > 1:

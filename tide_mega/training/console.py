@@ -6,15 +6,15 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
+from typing import NoReturn
 
 from tide_mega.config.errors import ConfigError
-from tide_mega.config.hydra_door import EXIT_CONFIG
 from tide_mega.data.errors import DataError
+from tide_mega.training.exits import Exit
+from tide_mega.training.interrupt import RunStoppedError
 from tide_mega.training.trainer import DivergedError
 
-EXIT_DATA = 3
-EXIT_DIVERGED = 4
-
+_STATUSES = {ConfigError: Exit.CONFIG, DataError: Exit.DATA, DivergedError: Exit.DIVERGED}
 _NOISE = ("megatron", "torch", "deepspeed", "apex", "numpy", "webdataset")
 
 
@@ -33,12 +33,25 @@ def set_up_logging() -> None:
         warnings.filterwarnings("ignore", module=rf"{library}(\.|$)")
 
 
+def leave_at_once(status: Exit) -> NoReturn:
+    """End the process without its libraries' exit hooks.
+
+    A signal of SLURM goes to every process of a task, W&B's service too, for which W&B's hook then waits until
+    SLURM kills the task: the exit status would be lost.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 @contextlib.contextmanager
 def exit_on_run_error() -> Iterator[None]:
     """Turn what a user can mend into its sentence and an exit status; anything else keeps its traceback."""
-    statuses = {ConfigError: EXIT_CONFIG, DataError: EXIT_DATA, DivergedError: EXIT_DIVERGED}
     try:
         yield
-    except tuple(statuses) as error:
+    except RunStoppedError as stopped:
+        logging.getLogger("tide_mega").info("%s", stopped)
+        leave_at_once(Exit.STOPPED)
+    except tuple(_STATUSES) as error:
         print(error, file=sys.stderr, flush=True)
-        raise SystemExit(statuses[type(error)]) from None
+        raise SystemExit(_STATUSES[type(error)]) from None

@@ -21,6 +21,7 @@ _PACKAGES = (
     "tokenizers",
     "tiktoken",
     "numpy",
+    "safetensors",
 )
 
 
@@ -30,13 +31,18 @@ def describe_environment(device: torch.device, world_size: int) -> dict[str, Any
         "tide_mega": tide_mega.__version__,
         "python": platform.python_version(),
         "platform": platform.system() + "-" + platform.machine(),
-        "packages": {name: _version(name) for name in _PACKAGES},
+        "packages": package_versions(),
         "optional": detect_libraries(),
         "git": git_state(Path(tide_mega.__file__).parent),
         "cuda": torch.version.cuda,
         "device": device_name(device),
         "world_size": world_size,
     }
+
+
+def package_versions() -> dict[str, str | None]:
+    """Versions of the packages that results depend on; None for one that is not installed."""
+    return {name: _version(name) for name in _PACKAGES}
 
 
 def device_name(device: torch.device) -> str:

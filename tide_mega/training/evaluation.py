@@ -1,6 +1,6 @@
 """Held-out loss per frequency decile, and the null bank's weight per layer and decile."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 
 import torch
@@ -33,8 +33,10 @@ class Evaluator:
         self.deciles, self.null_weights = DecileLoss(bins_V), NullWeight(layers, bins_V)
         self.device: torch.device = bins_V.device
 
-    def evaluate(self, step: int, tokens: int) -> EvalRecord:
-        """Evaluate after `step` steps and `tokens` training tokens."""
+    def evaluate(
+        self, step: int, tokens: int, *, on_progress: Callable[[], None] = lambda: None
+    ) -> EvalRecord:
+        """Evaluate after `step` steps and `tokens` training tokens; `on_progress` hears of each few batches."""
         self.deciles.reset()
         self.null_weights.reset()
         batches = validation_batches(
@@ -46,6 +48,7 @@ class Evaluator:
             dp_size=self.groups.data_size,
         )
         for group in self._groups_of(batches):
+            on_progress()
             for result in evaluate_batches(self.stage, group):
                 if result.cross_entropy_BT is None:  # not the last stage: its sums stay 0
                     continue

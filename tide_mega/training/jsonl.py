@@ -1,4 +1,4 @@
-"""metrics.jsonl of a run folder: one JSON object a line, `{"step": …, "kind": "train" | "eval", …}`.
+"""metrics.jsonl of a run folder: one JSON object a line, `{"step": …, "kind": "train" | "eval" | "event", …}`.
 
 Floats keep full precision. A number that JSON does not have (a diverged loss) is written as the string
 "NaN", "Infinity" or "-Infinity", and read back as the float.
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tide_mega.data.atomic import write_bytes
-from tide_mega.training.records import EvalRecord, TrainRecord
+from tide_mega.training.records import EvalRecord, EventRecord, TrainRecord
 
 log = logging.getLogger(__name__)
 
@@ -23,12 +23,17 @@ _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 class JsonlLogger:
     """Appends records, each on disk as soon as it is logged."""
 
-    def __init__(self, path: Path, resume_step: int | None) -> None:
-        """Continue the file of a run resumed at `resume_step` steps done, or (None) start it anew."""
-        dropped = truncate_after(path, -1 if resume_step is None else resume_step)
+    def __init__(self, path: Path, resume_step: int | None, resume_tokens: float = math.inf) -> None:
+        """Continue the file of a run resumed at `resume_step` steps done, or (None) start it anew.
+
+        `resume_tokens` are the training tokens consumed then: events after them come again. (By its steps alone a
+        rollback would stand before the checkpoint it went back to.)
+        """
+        dropped = truncate_after(path, -1 if resume_step is None else resume_step, resume_tokens)
         if dropped:
             since = "of an earlier run" if resume_step is None else f"after step {resume_step}"
             log.info("%s: dropped %d lines %s, which this run writes again", path, dropped, since)
+        self._path = path
         self._file = path.open("a", encoding="utf-8")
 
     def log_train(self, record: TrainRecord) -> None:
@@ -39,19 +44,29 @@ class JsonlLogger:
         """Append a line of kind "eval"."""
         self._write("eval", record)
 
+    def log_event(self, record: EventRecord) -> None:
+        """Append a line of kind "event"."""
+        self._write("event", record)
+
+    def rewind(self, step: int) -> None:
+        """Drop the lines of steps after `step`, which come again; events stay, the data goes on."""
+        self._file.close()
+        truncate_after(self._path, step)
+        self._file = self._path.open("a", encoding="utf-8")
+
     def close(self) -> None:
         """Close the file."""
         self._file.close()
 
-    def _write(self, kind: str, record: TrainRecord | EvalRecord) -> None:
+    def _write(self, kind: str, record: TrainRecord | EvalRecord | EventRecord) -> None:
         fields = asdict(record)
         line = {"step": fields.pop("step"), "kind": kind, **fields}
         self._file.write(json.dumps(_encode(line), allow_nan=False) + "\n")
         self._file.flush()
 
 
-def truncate_after(path: Path, step: int) -> int:
-    """Drop the lines of steps after `step`, and a last line torn by a kill; -1 drops all.
+def truncate_after(path: Path, step: int, tokens: float = math.inf) -> int:
+    """Drop the lines of steps after `step`, events after `tokens`, and a last line torn by a kill; -1 drops all.
 
     What stays, stays byte for byte; the file is replaced atomically, so a kill here loses nothing.
 
@@ -64,10 +79,16 @@ def truncate_after(path: Path, step: int) -> int:
     if not path.exists():
         return 0
     lines = path.read_bytes().splitlines(keepends=True)
-    kept = [] if step < 0 else [raw for raw, record in _parsed(path, lines) if record["step"] <= step]
+    kept = (
+        [] if step < 0 else [raw for raw, record in _parsed(path, lines) if _is_before(record, step, tokens)]
+    )
     if len(kept) < len(lines):
         write_bytes(path, b"".join(kept))
     return len(lines) - len(kept)
+
+
+def _is_before(record: dict[str, Any], step: int, tokens: float) -> bool:
+    return record["tokens"] <= tokens if record.get("kind") == "event" else record["step"] <= step
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

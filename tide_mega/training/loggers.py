@@ -5,7 +5,7 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import Protocol
 
-from tide_mega.training.records import EvalRecord, TrainRecord
+from tide_mega.training.records import EvalRecord, EventRecord, TrainRecord
 
 
 class MetricsLogger(Protocol):
@@ -16,6 +16,12 @@ class MetricsLogger(Protocol):
 
     def log_eval(self, record: EvalRecord) -> None:
         """Take the record of an evaluation."""
+
+    def log_event(self, record: EventRecord) -> None:
+        """Take the record of a step that was not as it should be."""
+
+    def rewind(self, step: int) -> None:
+        """The run goes back to `step` steps done; later steps will come again."""
 
     def close(self) -> None:
         """Write out what is left."""
@@ -36,6 +42,16 @@ class Loggers:
         """Log the record of an evaluation."""
         for logger in self._loggers:
             logger.log_eval(record)
+
+    def log_event(self, record: EventRecord) -> None:
+        """Log a step that was not as it should be."""
+        for logger in self._loggers:
+            logger.log_event(record)
+
+    def rewind(self, step: int) -> None:
+        """Say that the run goes back to `step` steps done."""
+        for logger in self._loggers:
+            logger.rewind(step)
 
     def close(self) -> None:
         """Close every logger, the last first, even where one raises."""

@@ -3,7 +3,7 @@
 import sys
 from typing import TextIO
 
-from tide_mega.training.records import EvalRecord, TrainRecord
+from tide_mega.training.records import EvalRecord, EventRecord, TrainRecord
 
 
 class Progress:
@@ -21,6 +21,12 @@ class Progress:
     def log_eval(self, record: EvalRecord) -> None:
         """Print the held-out loss, whole and by rarity."""
         self._print(format_eval(record, self._total_steps))
+
+    def log_event(self, record: EventRecord) -> None:
+        """Nothing: the log has a warning of it."""
+
+    def rewind(self, step: int) -> None:
+        """Nothing: what was printed stays."""
 
     def close(self) -> None:
         """Nothing to release."""
@@ -46,6 +52,13 @@ def format_train(record: TrainRecord, total_steps: int) -> str:
     null = [weight for weight in record.null_weight_by_layer if weight is not None]
     if null:
         parts.append(f"null {sum(null) / len(null):.3f}")
+    if record.goodput is not None:
+        parts.append(f"goodput {record.goodput:.1%}")
+    for name, count in (("skipped", record.skipped_steps), ("rollbacks", record.rollbacks)):
+        if count:
+            parts.append(f"{name} {count}")
+    if record.slow_ranks:
+        parts.append(f"slow ranks {', '.join(map(str, record.slow_ranks))} ({record.slowest_ratio:.2f} x)")
     parts.append(f"ETA {format_duration(record.eta_seconds)}")
     return " | ".join(parts)
 

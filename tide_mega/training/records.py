@@ -17,11 +17,11 @@ class TrainRecord:
     tokens: int
     """Training tokens consumed so far, over all ranks."""
     loss: float
-    """Mean over all tokens since the last log line."""
+    """Mean over all tokens of the steps applied since the last log line; NaN where there were none."""
     z_loss: float
     """The same mean of the weighted z-loss, which `loss` leaves out."""
     grad_norm: float
-    """Global L2 norm over all parameters before clipping, at this step."""
+    """Global L2 norm over all parameters before clipping, at this step; infinite where it was skipped."""
     grad_norm_tables: float | None
     """The memory tables' part of it; None without memory."""
     lr: float
@@ -37,6 +37,37 @@ class TrainRecord:
     """[L], over the tokens of this step; empty without memory."""
     traffic: dict[str, dict[str, int]] = field(default_factory=dict)
     """Bytes rank 0 sent and received since the last log line, by kind (`tide_mega.memory.meter`)."""
+    goodput: float | None = None
+    """Productive over wall time since the run's first start, 0 to 1 (`tide_mega.training.goodput`)."""
+    skipped_steps: int = 0
+    """Steps of the run so far that were not applied."""
+    spikes: int = 0
+    """Loss spikes of the run so far."""
+    rollbacks: int = 0
+    slowest_ratio: float | None = None
+    """Own computing time of the slowest replica over the median's since the last log line; None with one."""
+    slow_ranks: list[int] = field(default_factory=list)
+    """Ranks of the replicas at or above `faults.straggler_ratio`."""
+
+
+@dataclass(frozen=True)
+class EventRecord:
+    """A step that was not as it should be."""
+
+    step: int
+    """Optimizer steps done once it was dealt with: after a rollback, the checkpoint's."""
+    tokens: int
+    """Training tokens consumed so far, those of skipped steps included."""
+    event: str
+    """skipped, spike (applied all the same) or rollback."""
+    reason: str
+    """loss or gradient (not finite), or spike."""
+    at_step: int
+    """The step itself, from 1."""
+    loss: float
+    """Its mean loss over the ranks where it is finite."""
+    z_score: float | None
+    """Robust standard deviations above the median of the last applied steps; None where it is not judged."""
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ Shapes: B sequences, T tokens, L layers.
 """
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -50,6 +51,7 @@ def compute_gradients(
     *,
     window: int | None = None,
     ahead: "Ahead | None" = None,
+    own_time: AbstractContextManager[object] | None = None,
 ) -> StepResult:
     """Run forward and backward of all microbatches of a step; leaves reduced gradients with the engine.
 
@@ -62,6 +64,7 @@ def compute_gradients(
         z_loss: weight of the z-loss.
         window: microbatches served by one reading; None means all.
         ahead: the first reading's rows, already under way.
+        own_time: entered around what this replica computes by itself.
     """
     stage: TideStage = engine.module
     stage.train()
@@ -72,9 +75,10 @@ def compute_gradients(
             served = batches[first : first + size]
             microbatches, reading = _read_memory(stage, served, engine, ahead if first == 0 else None)
             step = partial(_forward_step, call=engine, z_loss=z_loss, share=len(served) / len(batches))
-            results += run_microbatches(
-                step, microbatches, list(stage.chunks), seq_length=served[0].tokens_BT.size(1)
-            )
+            with own_time or nullcontext():
+                results += run_microbatches(
+                    step, microbatches, list(stage.chunks), seq_length=served[0].tokens_BT.size(1)
+                )
             if reading is not None:
                 reading.send_gradients()
     return _sums(results, batches[0].tokens_BT.device)

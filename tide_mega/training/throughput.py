@@ -1,9 +1,8 @@
-"""Tokens per second, MFU and time to the end, of training itself: pauses do not count."""
+"""Tokens per second, MFU and time to the end, of training itself."""
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 
@@ -21,7 +20,7 @@ class Reading:
 
 
 class Throughput:
-    """Measures windows of steps, leaving out the time between `pause` and `resume`.
+    """Measures windows of steps, by a clock that runs only while the run trains.
 
     MFU = tokens per second / devices * FLOPs per token / peak FLOPs per second of a device, where FLOPs
     per token is `tide_mega.config.sizes.flops_per_token`: 6 per matrix parameter plus attention; the
@@ -42,7 +41,10 @@ class Throughput:
         eta_windows: int = 20,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """Take the tokens of a step over all devices, and the peak TFLOP/s of one device (or None)."""
+        """Take the tokens of a step over all devices, the peak TFLOP/s of one device (or None), and the clock:
+
+        `Ledger.training_seconds` leaves out evaluation, checkpoints and the like.
+        """
         self._tokens_per_step = tokens_per_step
         self._flops_per_token = flops_per_token
         self._devices = devices
@@ -51,34 +53,12 @@ class Throughput:
         self._clock = clock
         self._windows: deque[tuple[int, float]] = deque(maxlen=eta_windows)
         self._step: int | None = None
-        self._active_seconds = 0.0
-        self._running_since: float | None = None
+        self._since = 0.0
 
     def start(self, step: int) -> None:
         """Begin, with `step` steps done (those before a resume are not ours)."""
         self._step = step
-        self._active_seconds = 0.0
-        self._running_since = self._clock()
-
-    def pause(self) -> None:
-        """Stop the clock, for an evaluation or a checkpoint; a second pause changes nothing."""
-        if self._running_since is not None:
-            self._active_seconds += self._clock() - self._running_since
-            self._running_since = None
-
-    def resume(self) -> None:
-        """Let the clock run again; does nothing where it runs."""
-        if self._running_since is None:
-            self._running_since = self._clock()
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Stop the clock for a block."""
-        self.pause()
-        try:
-            yield
-        finally:
-            self.resume()
+        self._since = self._clock()
 
     def read(self, step: int) -> Reading:
         """Close the window at `step` steps done and open the next.
@@ -92,12 +72,8 @@ class Throughput:
         if steps <= 0:
             raise ValueError(f"no step since the last reading: {self._step} steps then, {step} now")
         now = self._clock()
-        seconds = self._active_seconds
-        if self._running_since is not None:
-            seconds += now - self._running_since
-            self._running_since = now
-        seconds = max(seconds, 1e-9)
-        self._step, self._active_seconds = step, 0.0
+        seconds = max(now - self._since, 1e-9)
+        self._step, self._since = step, now
         self._windows.append((steps, seconds))
         return self._reading(steps, seconds)
 

@@ -1,6 +1,7 @@
 """The one door to Weights & Biases. Trouble there is logged once and never stops training."""
 
 import logging
+import math
 import netrc
 import os
 from pathlib import Path
@@ -11,7 +12,7 @@ import wandb
 
 from tide_mega.config.schema import LoggingConfig
 from tide_mega.training.metrics import BySlot
-from tide_mega.training.records import EvalRecord, TrainRecord
+from tide_mega.training.records import EvalRecord, EventRecord, TrainRecord
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +55,13 @@ class WandbLogger:
     def log_eval(self, record: EvalRecord) -> None:
         """Log an evaluation."""
         self._log(eval_metrics(record))
+
+    def log_event(self, record: EventRecord) -> None:
+        """Log a step that was not as it should be."""
+        self._log(event_metrics(record))
+
+    def rewind(self, step: int) -> None:
+        """Nothing: what was logged stays, and the steps that come again follow it."""
 
     def close(self) -> None:
         """Finish the run; uploads get five minutes, the files stay in any case."""
@@ -148,6 +156,11 @@ def train_metrics(record: TrainRecord) -> dict[str, float]:
         "throughput/tokens_per_second": record.tokens_per_second,
         "throughput/mfu": record.mfu,
         "throughput/step_seconds": record.step_seconds,
+        "throughput/goodput": record.goodput,
+        "faults/skipped_steps": record.skipped_steps,
+        "faults/spikes": record.spikes,
+        "faults/rollbacks": record.rollbacks,
+        "faults/slowest_ratio": record.slowest_ratio,
         **_by_layer("null_weight", record.null_weight_by_layer),
     }
     for kind, moved in record.traffic.items():
@@ -169,6 +182,18 @@ def eval_metrics(record: EvalRecord) -> dict[str, float]:
     }
     for which, by_slot in record.null_weight_by_bin.items():
         named |= {f"null_weight_by_decile_{which}/{slot}": weight for slot, weight in by_slot.items()}
+    return _without_none(named)
+
+
+def event_metrics(record: EventRecord) -> dict[str, float]:
+    """The W&B names and values of an event; what is None, or no number, is left out."""
+    named = {
+        "step": record.step,
+        "tokens": record.tokens,
+        f"events/{record.event}": record.at_step,
+        "events/loss": record.loss if math.isfinite(record.loss) else None,
+        "events/z_score": record.z_score,
+    }
     return _without_none(named)
 
 

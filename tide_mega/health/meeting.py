@@ -1,0 +1,59 @@
+"""How the ranks talk during the check: over a key-value store of rank 0, which works where collectives do not."""
+
+import json
+import time
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+
+class Meeting:
+    """All ranks that have arrived, around rank 0's store."""
+
+    def __init__(self, address: str, port: int, rank: int, size: int, patience: float) -> None:
+        """Open (rank 0) or join the store.
+
+        Args:
+            address: of rank 0.
+            port: of the store.
+            rank: of this process.
+            size: processes.
+            patience: seconds that rank 0 waits for the others in each round.
+
+        Raises:
+            ConnectionError: rank 0 was not to be reached.
+        """
+        self.rank, self.size, self._patience = rank, size, patience
+        try:
+            self.store = dist.TCPStore(
+                address,
+                port,
+                size,
+                is_master=rank == 0,
+                wait_for_workers=False,
+                timeout=timedelta(seconds=3 * patience),
+            )
+        except RuntimeError as error:  # torch's network errors derive from it
+            raise ConnectionError(f"rank 0 at {address}:{port} was not reached: {error}") from error
+
+    def collect(self, round_name: str, value: Any, expected: set[int]) -> dict[int, Any]:
+        """Hand `value` to rank 0; it gets those of the expected ranks that come in time, the others nothing."""
+        self.store.set(f"{round_name}/{self.rank}", json.dumps(value))
+        if self.rank != 0:
+            return {}
+        deadline = time.monotonic() + self._patience
+        missing = set(expected)
+        while missing and time.monotonic() < deadline:
+            missing = {rank for rank in missing if not self.store.check([f"{round_name}/{rank}"])}
+            if missing:
+                time.sleep(0.05)
+        present = sorted(expected - missing)
+        return {rank: json.loads(self.store.get(f"{round_name}/{rank}")) for rank in present}
+
+    def announce(self, name: str, value: Any = None) -> Any:
+        """Hand rank 0's value to all; it comes when rank 0 says it."""
+        if self.rank == 0:
+            self.store.set(name, json.dumps(value))
+            return value
+        return json.loads(self.store.get(name))

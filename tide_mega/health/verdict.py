@@ -1,0 +1,122 @@
+"""From the ranks' reports to what is wrong, where, and a table."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tide_mega.health.facts import Facts
+
+MAX_SKEW = 2.0
+"""Seconds between a node's clock and the median's."""
+MIN_TMP = 10**9
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something wrong."""
+
+    node: str | None
+    """The node that should not take part; None where the fault is no single node's."""
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.node}: {self.what}" if self.node else self.what
+
+
+def judge(
+    reports: Sequence[Facts], *, missing: Sequence[str] = (), checkpoint_bytes: int = 0
+) -> list[Finding]:
+    """Compare the reports.
+
+    Args:
+        reports: of the ranks that came.
+        missing: names of those that did not.
+        checkpoint_bytes: room that a checkpoint of this run needs.
+    """
+    found = [Finding(name, "did not report in time") for name in missing]
+    found += [Finding(report.node, problem) for report in reports for problem in report.problems]
+    nodes = [report for report in reports if report.speaks_for_node]
+    found += _differences(nodes, "versions")
+    found += _differences(nodes, "gpus")
+    for report in nodes:
+        if report.gpus and len(report.gpus) < report.local_size:
+            found.append(
+                Finding(report.node, f"shows {len(report.gpus)} GPUs for {report.local_size} processes")
+            )
+        if report.root_free is not None and report.root_free < checkpoint_bytes:
+            room = f"{report.root_free / 1e9:.1f} GB free, and a checkpoint needs {checkpoint_bytes / 1e9:.1f} GB"
+            found.append(Finding(report.node, f"run.root has {room}"))
+        if report.tmp_free is not None and report.tmp_free < MIN_TMP:
+            found.append(Finding(report.node, f"TMPDIR has {report.tmp_free / 1e9:.2f} GB free"))
+    found += _clocks(reports)
+    return list(dict.fromkeys(found))
+
+
+def _differences(nodes: Sequence[Facts], attribute: str) -> list[Finding]:
+    """Nodes whose value is not the most common one; of equally common ones the lowest rank's counts."""
+    found = []
+    values = {
+        report.node: _named(getattr(report, attribute)) for report in nodes if getattr(report, attribute)
+    }
+    for name in dict.fromkeys(name for value in values.values() for name in value):
+        here = {node: value.get(name, "absent") for node, value in values.items()}
+        usual, _ = Counter(here.values()).most_common(1)[0]
+        found += [
+            Finding(node, f"{name} is {value}, where {_others(here, usual)} {usual}")
+            for node, value in here.items()
+            if value != usual
+        ]
+    return found
+
+
+def _named(value: dict[str, str] | list[str]) -> dict[str, str]:
+    return value if isinstance(value, dict) else {f"GPU {i}": name for i, name in enumerate(value)}
+
+
+def _others(values: dict[str, str], usual: str) -> str:
+    count = sum(value == usual for value in values.values())
+    return f"{count} other{'s have' if count > 1 else ' has'}"
+
+
+def _clocks(reports: Sequence[Facts]) -> list[Finding]:
+    if not reports:
+        return []
+    skews = _skews(reports)
+    worst = {report.node: skew for report, skew in zip(reports, skews, strict=True) if abs(skew) > MAX_SKEW}
+    return [Finding(node, f"its clock is {skew:+.1f} s from the others'") for node, skew in worst.items()]
+
+
+def _skews(reports: Sequence[Facts]) -> list[float]:
+    clocks = sorted(report.clock for report in reports)
+    middle = clocks[(len(clocks) - 1) // 2]
+    return [report.clock - middle for report in reports]
+
+
+def table(reports: Sequence[Facts]) -> str:
+    """Return a line for each node."""
+    rows = [("node", "ranks", "GPUs", "root free GB", "tmp free GB", "clock ms", "GB/s", "torch", "code")]
+    skews = dict(zip((report.rank for report in reports), _skews(reports), strict=True))
+    for report in reports:
+        if report.speaks_for_node:
+            ranks = [other.rank for other in reports if other.node == report.node]
+            rows.append(
+                (
+                    report.node,
+                    f"{min(ranks)}-{max(ranks)}" if len(ranks) > 1 else str(ranks[0]),
+                    f"{len(report.gpus)} x {report.gpus[0]}" if report.gpus else "none",
+                    _giga(report.root_free),
+                    _giga(report.tmp_free),
+                    f"{1000 * skews[report.rank]:+.0f}",
+                    _giga(report.bandwidth),
+                    report.versions.get("torch", "-"),
+                    report.versions.get("code", "-"),
+                )
+            )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+def _giga(value: float | None) -> str:
+    return "-" if value is None else f"{value / 1e9:.1f}"

@@ -1,0 +1,35 @@
+"""A checkpoint's tensors in one process, whatever the topology that saved it."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tide_mega.model.canonical import Box
+from tide_mega.training.checkpoint.planners import Stored, read
+from tide_mega.training.checkpoint.storage import INDEX_FILE
+
+
+def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every stored tensor by name, such as `exp_avg/memory.tables`."""
+    index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["tensors"]
+    return {name: tuple(entry["shape"]) for name, entry in sorted(index.items())}
+
+
+def whole_tensor(folder: Path, name: str, shape: tuple[int, ...]) -> Tensor:
+    """Read one tensor.
+
+    Raises:
+        CheckpointError: it is not there with this shape, or its file cannot be read.
+    """
+    values = torch.empty(shape)
+    read([Stored(Box(name, shape, (0,) * len(shape), shape), values)], folder, None)
+    return values
+
+
+def whole_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Read tensor after tensor, by name."""
+    for name, shape in shapes(folder).items():
+        yield name, whole_tensor(folder, name, shape)
