@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.runs import make_dataset
+from tide_mega.bench.own_text import prepare_own_text
 from tide_mega.parity.pool import WorkerPool
 
 
@@ -28,4 +28,4 @@ def pools() -> Iterator[Callable[[int], WorkerPool]]:
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a prepared dataset small enough for trainings of seconds."""
-    return make_dataset(tmp_path_factory.mktemp("tiny"))
+    return prepare_own_text(tmp_path_factory.mktemp("tiny"), 600)

@@ -24,6 +24,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tide_mega.bench.resident import EXACT_FREE
+from tide_mega.bench.table import aligned
 from tide_mega.config.errors import ConfigError, refuse
 from tide_mega.config.hydra_door import parse_tool_cli
 from tide_mega.data.atomic import write_json
@@ -34,8 +36,6 @@ FP32 = Widths(row=4, gradient=4, read=0)
 """In fp32 the layers read the normalised rows themselves, no copy."""
 MEGA = 10**6
 _WORKER = Path(__file__).with_name("bench_memory_worker.py")
-_EXACT_FREE = {"MALLOC_MMAP_THRESHOLD_": "65536"}
-"""What is freed leaves the process, so that its size is what it holds and not what its allocator keeps."""
 
 
 @dataclass
@@ -105,7 +105,7 @@ def measure(options: BenchOptions, approach: str, blocks: int) -> dict[str, int]
                         [sys.executable, "-W", "ignore", str(_WORKER), json.dumps(task)],
                         stdout=stream,
                         stderr=subprocess.STDOUT,
-                        env={**os.environ, **_EXACT_FREE, **threads},
+                        env={**os.environ, **EXACT_FREE, **threads},
                     )
                 )
         statuses = _wait(workers)
@@ -172,22 +172,18 @@ def show(lines: list[dict[str, Any]]) -> str:
     head = ["K", "approach", "start"]
     for key in ratio_of:
         head += [key, "times less"]
-    cells = [head]
+    cells = []
     for line in lines:
         row = [str(line["blocks"]), line["approach"], f"{line['start'] / MEGA:,.0f}"]
         for key, ratio in ratio_of.items():
             row += [f"{line[key] / MEGA:,.0f}", f"{line[ratio]:.2f}"] if key in line else ["-", "-"]
         cells.append(row)
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    rows = ["  ".join(c.rjust(n) for c, n in zip(row, widths, strict=True)) for row in cells]
-    return "\n".join([rows[0], "-" * len(rows[0]), *rows[1:]])
+    return aligned(head, cells)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the tool; returns its exit status: 0, 1 where a process failed, 2 for a bad option."""
-    words = sys.argv[1:] if argv is None else argv
-    words = [f"blocks=[{w[7:]}]" if w.startswith("blocks=") and "[" not in w else w for w in words]
-    options = parse_tool_cli(BenchOptions, words, doc=__doc__ or "")
+    options = parse_tool_cli(BenchOptions, argv, doc=__doc__ or "")
     try:
         lines = bench(options)
     except (ConfigError, RuntimeError) as error:

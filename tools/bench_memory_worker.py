@@ -7,12 +7,12 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tide_mega.bench.resident import forget_peak, resident
 from tide_mega.config.schema import MemoryConfig, ModelConfig, OptimConfig, TideConfig
 from tide_mega.data.batch import TokenBatch
 from tide_mega.model.reference import ReferenceShape, ReferenceTide
@@ -150,17 +150,6 @@ def work(task: Task) -> dict[str, int]:
     peaks = {"start": start, "steps": resident("VmHWM") - before, "distinct": distinct}
     stop_distributed()
     return peaks
-
-
-def resident(key: str) -> int:
-    """Bytes of this process: VmRSS resident now, VmHWM the most since `forget_peak`."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(lines[key].split()[0]) * 1024
-
-
-def forget_peak() -> None:
-    """Let VmHWM start again from what is resident."""
-    Path("/proc/self/clear_refs").write_text("5")
 
 
 if __name__ == "__main__":

@@ -21,8 +21,6 @@ from tide_mega.config.errors import ConfigError, refuse
 from tide_mega.config.hydra_door import parse_tool_cli
 from tide_mega.data.atomic import write_json
 
-_LISTS = ("blocks=", "layers=", "versions=")
-
 
 @dataclass
 class MixOptions:
@@ -176,8 +174,7 @@ def show(found: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the tool; returns its exit status: 0, 1 where a measurement failed, 2 for a bad option."""
-    words = sys.argv[1:] if argv is None else argv
-    options = parse_tool_cli(MixOptions, [_as_list(word) for word in words], doc=__doc__ or "")
+    options = parse_tool_cli(MixOptions, argv, doc=__doc__ or "")
     try:
         found = bench(options)
     except (ConfigError, RuntimeError) as error:
@@ -191,12 +188,6 @@ def main(argv: list[str] | None = None) -> int:
 
         plot_mix(found, Path(options.plot))
     return 0
-
-
-def _as_list(word: str) -> str:
-    """Lets `blocks=8,24` stand for `blocks=[8,24]`."""
-    key, equals, value = word.partition("=")
-    return f"{key}=[{value}]" if f"{key}{equals}" in _LISTS and not value.startswith("[") else word
 
 
 if __name__ == "__main__":

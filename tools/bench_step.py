@@ -23,7 +23,6 @@ from tide_mega.config.errors import ConfigError, refuse
 from tide_mega.config.hydra_door import parse_tool_cli
 from tide_mega.data.atomic import write_json
 
-_LISTS = ("blocks=", "accumulations=", "overrides=")
 LARGEST_FIRST = ("3b", "1b", "750m", "350m")
 
 
@@ -146,8 +145,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the tool; returns its exit status: 0, 1 where a measurement failed, 2 for a bad option."""
     from tide_mega.bench.step_tables import show_measured, show_predicted
 
-    words = sys.argv[1:] if argv is None else argv
-    options = parse_tool_cli(StepOptions, [_as_list(word) for word in words], doc=__doc__ or "")
+    options = parse_tool_cli(StepOptions, argv, doc=__doc__ or "")
     try:
         validate(options)
         found = prediction(options) if options.predict else bench(options)
@@ -162,12 +160,6 @@ def main(argv: list[str] | None = None) -> int:
 
         (plot_predicted if options.predict else plot_measured)(found, Path(options.plot))
     return 0
-
-
-def _as_list(word: str) -> str:
-    """Lets `blocks=0,8` stand for `blocks=[0,8]`."""
-    key, equals, value = word.partition("=")
-    return f"{key}=[{value}]" if f"{key}{equals}" in _LISTS and not value.startswith("[") else word
 
 
 if __name__ == "__main__":

@@ -113,8 +113,7 @@ def show(reports: list[Any]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the tool; returns its exit status: 0, 1 where a kernel has a fault, 2 for a bad option."""
-    words = sys.argv[1:] if argv is None else argv
-    options = parse_tool_cli(CompileOptions, [_listed(word) for word in words], doc=__doc__ or "")
+    options = parse_tool_cli(CompileOptions, argv, doc=__doc__ or "")
 
     def done(number: int, total: int) -> None:
         if sys.stderr.isatty():
@@ -132,14 +131,6 @@ def main(argv: list[str] | None = None) -> int:
         lines = [{**asdict(r), "faults": r.faults} for r in reports]
         write_json(Path(options.out), {"options": asdict(options), "kernels": lines})
     return 1 if faulty else 0
-
-
-def _listed(word: str) -> str:
-    """`key=a,b` as the list it means, for the keys that take one."""
-    key, _, value = word.partition("=")
-    if key in ("arch", "kernel", "blocks", "width", "dtype") and value and "[" not in value:
-        return f"{key}=[{value}]"
-    return word
 
 
 if __name__ == "__main__":

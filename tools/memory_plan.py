@@ -19,6 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from tide_mega.bench.table import aligned
 from tide_mega.config.errors import ConfigError, refuse
 from tide_mega.config.hydra_door import parse_tool_cli
 from tide_mega.data.atomic import write_json
@@ -34,8 +35,6 @@ from tide_mega.memory.distinct import (
 )
 from tide_mega.memory.plan_options import PlanOptions, validate_plan_options
 from tide_mega.memory.traffic import GIGA, Layout, Tables, dense_sync, exchange, owner_memory, plain_memory
-
-_LISTS = ("text=", "suffixes=", "tokens=", "blocks=")
 
 
 def plan(options: PlanOptions) -> dict[str, Any]:
@@ -189,16 +188,12 @@ def _memory_table(memory: list[dict[str, Any]]) -> str:
 
 def _aligned(head: str, rows: list[str]) -> str:
     """Right-aligned columns; cells are split at spaces, and _ in the head becomes one."""
-    cells = [[word.replace("_", " ") for word in head.split()], *(row.split() for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["  ".join(cell.rjust(n) for cell, n in zip(row, widths, strict=True)) for row in cells]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+    return aligned([word.replace("_", " ") for word in head.split()], [row.split() for row in rows])
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the tool; returns its exit status: 0, 1 for bad text, 2 for a bad option."""
-    words = sys.argv[1:] if argv is None else argv
-    options = parse_tool_cli(PlanOptions, [_as_list(word) for word in words], doc=__doc__ or "")
+    options = parse_tool_cli(PlanOptions, argv, doc=__doc__ or "")
     try:
         found = plan(options)
         print(show(found))
@@ -211,14 +206,6 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
-
-
-def _as_list(word: str) -> str:
-    """Lets `blocks=8,24` stand for `blocks=[8,24]`."""
-    for prefix in _LISTS:
-        if word.startswith(prefix) and not word.startswith(f"{prefix}["):
-            return f"{prefix}[{word.removeprefix(prefix)}]"
-    return word
 
 
 if __name__ == "__main__":

@@ -15,13 +15,10 @@ from tide_mega.data.errors import DataError
 from tide_mega.data.options import PrepareOptions
 from tide_mega.data.prepare import prepare
 
-_LISTS = ("inputs=", "suffixes=")
-
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the tool; returns its exit status: 0, 1 for bad data, 2 for a bad option."""
-    words = sys.argv[1:] if argv is None else argv
-    options = parse_tool_cli(PrepareOptions, [_as_list(word) for word in words], doc=__doc__ or "")
+    options = parse_tool_cli(PrepareOptions, argv, doc=__doc__ or "")
     try:
         prepare(options)
     except ConfigError as error:
@@ -34,14 +31,6 @@ def main(argv: list[str] | None = None) -> int:
         print("interrupted; the same command continues", file=sys.stderr)
         return 130
     return 0
-
-
-def _as_list(word: str) -> str:
-    """Lets `inputs=a,b` stand for `inputs=[a,b]`."""
-    for prefix in _LISTS:
-        if word.startswith(prefix) and not word.startswith(f"{prefix}["):
-            return f"{prefix}[{word.removeprefix(prefix)}]"
-    return word
 
 
 if __name__ == "__main__":

@@ -222,12 +222,7 @@ def _validate(options: TuneOptions) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the tool; returns its exit status: 0, 1 if a kernel fails, 2 for a bad option, 3 without a GPU."""
-    words = sys.argv[1:] if argv is None else argv
-    lists = ("kernel", "blocks")
-    words = [
-        f"{k}=[{v}]" if k in lists and "[" not in v else w for w in words for k, _, v in [w.partition("=")]
-    ]
-    options = parse_tool_cli(TuneOptions, words, doc=__doc__ or "")
+    options = parse_tool_cli(TuneOptions, argv, doc=__doc__ or "")
     try:
         _validate(options)
     except ConfigError as error:

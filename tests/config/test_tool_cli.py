@@ -25,6 +25,7 @@ class Options:
     """Share held out."""
     overwrite: bool = False
     limit: int | None = None
+    sizes: list[int] | None = None
     nested: Nested = field(default_factory=Nested)
 
 
@@ -36,12 +37,18 @@ def test_values_are_converted_to_the_fields_types():
     options = parse(
         "out=/x", "inputs=[a,b.txt]", "fraction=1e-2", "overwrite=true", "limit=5", "nested.depth=4"
     )
-    assert options == Options("/x", ["a", "b.txt"], 0.01, True, 5, Nested(4))
+    assert options == Options("/x", ["a", "b.txt"], 0.01, True, 5, nested=Nested(4))
     assert type(options) is Options and type(options.inputs) is list
 
 
 def test_defaults_hold_where_nothing_is_given():
     assert parse("out=/x") == Options("/x")
+
+
+def test_a_list_may_be_written_without_brackets():
+    options = parse("out=/x", "inputs=a,b.txt", "sizes=8,24")
+    assert (options.inputs, options.sizes) == (["a", "b.txt"], [8, 24])
+    assert (parse("out=/x", "inputs=a").inputs, parse("out=/x", "sizes=null").sizes) == (["a"], None)
 
 
 @pytest.mark.parametrize(
@@ -52,7 +59,7 @@ def test_defaults_hold_where_nothing_is_given():
         (["out=/x", "limit=many"], "limit=many has the wrong type: it takes int or null."),
         (["fraction=0.1"], "out is not set: give out=<value>, or see --help."),
         (["out"], "'out' is not key=value: the keys are out, inputs"),
-        (["out=/x", "inputs=5"], "inputs has the wrong type: it takes list[str]."),
+        (["out=/x", "sizes=5,many"], "sizes=many has the wrong type: it takes list[int] or null."),
         (["out=[a"], "out=[a cannot be read"),
     ],
 )
@@ -80,4 +87,4 @@ def test_help_says_what_every_field_is(capsys):
 
 def test_describe_lists_leaves_in_order():
     keys = [entry.key for entry in describe(Options)]
-    assert keys == ["out", "inputs", "fraction", "overwrite", "limit", "nested.depth"]
+    assert keys == ["out", "inputs", "fraction", "overwrite", "limit", "sizes", "nested.depth"]

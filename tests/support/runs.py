@@ -5,8 +5,6 @@ from typing import Any
 
 from tide_mega.config.hydra_door import compose
 from tide_mega.config.schema import TideConfig
-from tide_mega.data.options import PrepareOptions
-from tide_mega.data.prepare import prepare
 from tide_mega.parallel.groups import World
 from tide_mega.training.jsonl import read_metrics
 from tide_mega.training.trainer import Trainer
@@ -35,24 +33,6 @@ TINY = [
     "cluster.threads=1",
     "cluster.peak_tflops=1",
 ]
-
-
-def make_dataset(folder: Path) -> Path:
-    """Prepare a few hundred documents of this package's own source lines."""
-    text = folder / "text"
-    text.mkdir(parents=True)
-    source = Path(__file__).parents[2] / "tide_mega"
-    for number, path in enumerate(sorted(source.rglob("*.py"))):
-        (text / f"{number:03d}.txt").write_text(path.read_text() or "empty\n")
-    options = PrepareOptions(
-        inputs=[str(text)],
-        out=str(folder / "data"),
-        tokenizer="bpe:600",
-        validation_fraction=0.2,
-        workers=1,
-    )
-    prepare(options, log=lambda _: None, progress=False)
-    return folder / "data"
 
 
 def tiny(data: Path, root: Path, *overrides: str, world_size: int = 1) -> TideConfig:

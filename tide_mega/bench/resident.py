@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-_EXACT_FREE = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+EXACT_FREE = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 """What is freed leaves the process, so that its size is what it holds and not what its allocator keeps."""
 
 
@@ -30,7 +30,7 @@ def in_fresh_process(module: str, task: dict[str, Any], threads: int) -> dict[st
     """
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", module, json.dumps(task)],
-        env={**os.environ, **_EXACT_FREE, "OMP_NUM_THREADS": str(threads)},
+        env={**os.environ, **EXACT_FREE, "OMP_NUM_THREADS": str(threads)},
         capture_output=True,
         text=True,
         check=False,

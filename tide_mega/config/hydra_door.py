@@ -110,8 +110,9 @@ def from_yaml(text: str) -> TideConfig:
 def parse_tool_cli(schema: type[T], argv: list[str] | None = None, *, doc: str) -> T:
     """Read a tool's `key=value` arguments into its dataclass.
 
-    `--help` prints `doc` and every field with type, default and the string under it. A wrong key or type, or
-    a required field (default MISSING) left out, prints one sentence and exits with status 2.
+    A list may be written without brackets: `blocks=8,24`. `--help` prints `doc` and every field with type, default
+    and the string under it. A wrong key or type, or a required field (default MISSING) left out, prints one
+    sentence and exits with status 2.
     """
     words = sys.argv[1:] if argv is None else argv
     entries = describe(schema)
@@ -132,10 +133,17 @@ def _read_word(word: str, entries: list[FieldHelp]) -> DictConfig:
     if "=" not in word:
         raise ConfigError(f"{word!r} is not key=value: the keys are {', '.join(e.key for e in entries)}.")
     try:
-        return OmegaConf.from_dotlist([word])
+        return OmegaConf.from_dotlist([_bracketed(word, entries)])
     except YAMLError as error:
         problem = getattr(error, "problem", None) or "not YAML"
         raise ConfigError(f"{word} cannot be read: {problem}; quote special characters.") from error
+
+
+def _bracketed(word: str, entries: list[FieldHelp]) -> str:
+    key, _, value = word.partition("=")
+    type_name = next((entry.type_name for entry in entries if entry.key == key), "")
+    is_none = value == "null" and type_name.endswith("None")
+    return f"{key}=[{value}]" if type_name.startswith("list[") and value[:1] != "[" and not is_none else word
 
 
 def find_conf() -> Path | None:

@@ -28,7 +28,7 @@ def explain(error: BaseException, entries: list[FieldHelp]) -> str:
     while (cause := chain[-1].__cause__) is not None:
         chain.append(cause)
     keyed = next((e for e in reversed(chain) if isinstance(getattr(e, "full_key", None), str)), None)
-    key = getattr(keyed, "full_key", "")
+    key = re.sub(r"\[\d+\]$", "", getattr(keyed, "full_key", ""))  # a list's element speaks for the list
     if keyed is None or not key:
         return _explain_unkeyed(str(error))
     first_line = str(keyed).splitlines()[0].strip()

@@ -24,7 +24,7 @@ def atomic_writer(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync_directory(path.parent)
+    to_disk(path.parent)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -54,7 +54,8 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sync_directory(path: Path) -> None:
+def to_disk(path: Path) -> None:
+    """Ask the operating system to write a file, or a folder's list of files, before going on."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

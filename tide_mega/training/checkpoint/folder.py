@@ -11,7 +11,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from tide_mega.training.checkpoint.manifest import STATE_FILE, FileRecord, Manifest, to_disk
+from tide_mega.data.atomic import to_disk
+from tide_mega.training.checkpoint.manifest import STATE_FILE, FileRecord, Manifest
 
 log = logging.getLogger(__name__)
 

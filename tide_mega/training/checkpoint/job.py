@@ -9,9 +9,10 @@ from typing import Protocol
 
 from torch.distributed import ProcessGroup
 
+from tide_mega.data.atomic import to_disk
 from tide_mega.training.checkpoint.errors import CheckpointError
 from tide_mega.training.checkpoint.folder import CheckpointFolder
-from tide_mega.training.checkpoint.manifest import MANIFEST_FILE, STATE_FILE, FileRecord, Manifest, to_disk
+from tide_mega.training.checkpoint.manifest import MANIFEST_FILE, STATE_FILE, FileRecord, Manifest
 from tide_mega.training.checkpoint.planners import Stored, write
 from tide_mega.training.checkpoint.state import SavedState
 from tide_mega.training.checkpoint.storage import BoxWriter

@@ -27,7 +27,8 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from tide_mega.training.checkpoint.manifest import FileRecord, to_disk
+from tide_mega.data.atomic import to_disk
+from tide_mega.training.checkpoint.manifest import FileRecord
 
 INDEX_FILE = "tensors.json"
 
