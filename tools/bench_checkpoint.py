@@ -61,8 +61,8 @@ def measure(config: TideConfig, saves: int, between: int) -> dict[str, list[Read
     """Train in a pool's worker and save in turn; return this rank's readings by variant."""
     import torch
 
+    from tide_mega.model.passes import compute_gradients
     from tide_mega.parallel.groups import World
-    from tide_mega.training.step import compute_gradients
     from tide_mega.training.trainer import Trainer
 
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // World.from_environment().size))

@@ -15,6 +15,7 @@ from torch import Tensor
 from tide_mega.bench.resident import forget_peak, resident
 from tide_mega.config.schema import MemoryConfig, ModelConfig, OptimConfig, TideConfig
 from tide_mega.data.batch import TokenBatch
+from tide_mega.model.passes import compute_gradients
 from tide_mega.model.reference import ReferenceShape, ReferenceTide
 from tide_mega.model.stage import TideStage
 from tide_mega.model.weights import initialise
@@ -22,7 +23,6 @@ from tide_mega.parallel.device import choose_device
 from tide_mega.parallel.engine import Engine, EngineOptions
 from tide_mega.parallel.groups import World, make_groups, start_distributed, stop_distributed
 from tide_mega.training.optimizer import parameter_groups
-from tide_mega.training.step import compute_gradients
 
 
 @dataclass(frozen=True)

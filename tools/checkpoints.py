@@ -20,13 +20,13 @@ from pathlib import Path
 import torch
 from omegaconf import MISSING
 
+from tide_mega.checkpoint.errors import CheckpointError
+from tide_mega.checkpoint.folder import COMPLETE, CheckpointFolder, step_of
+from tide_mega.checkpoint.manifest import MANIFEST_FILE, Manifest
+from tide_mega.checkpoint.search import verify
+from tide_mega.checkpoint.whole import shapes, whole_tensor
 from tide_mega.config.errors import ConfigError
 from tide_mega.config.hydra_door import parse_tool_cli
-from tide_mega.training.checkpoint.errors import CheckpointError
-from tide_mega.training.checkpoint.folder import COMPLETE, CheckpointFolder, step_of
-from tide_mega.training.checkpoint.manifest import MANIFEST_FILE, Manifest
-from tide_mega.training.checkpoint.search import verify
-from tide_mega.training.checkpoint.whole import shapes, whole_tensor
 
 COMMANDS = ("list", "verify", "diff")
 

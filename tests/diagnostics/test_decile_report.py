@@ -11,7 +11,7 @@ import pytest
 
 from tide_mega.diagnostics.decile_report import DecileReport, compare_runs
 from tide_mega.diagnostics.decile_run import DECILES, OUTSIDE, DecileRun, load_run
-from tide_mega.training.slots import SLOTS
+from tide_mega.metrics.slots import SLOTS
 
 COUNTS = [10, 10, 20, 40, 40, 40, 40, 100, 100, 200, 50, 0]
 RANGES = [(2**i, 2 ** (i + 1)) for i in range(10)]

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from tests.support.runs import tiny, train_here
+from tide_mega.metrics.jsonl import read_metrics
 from tide_mega.parallel.device import choose_device
 from tide_mega.parallel.groups import World, start_distributed, stop_distributed
 from tide_mega.parity.case import Case
 from tide_mega.parity.run import compare_gradients, compare_training, compare_updates
-from tide_mega.training.jsonl import read_metrics
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 

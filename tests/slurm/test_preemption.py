@@ -7,7 +7,7 @@ import pytest
 
 from tests.slurm.conftest import wait_until
 from tests.support.runs import TINY, tiny, train_here
-from tide_mega.training.jsonl import read_metrics
+from tide_mega.metrics.jsonl import read_metrics
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 

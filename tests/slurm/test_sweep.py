@@ -8,7 +8,7 @@ import pytest
 
 from tests.support.runs import TINY
 from tide_mega.config.hydra_door import from_yaml
-from tide_mega.training.jsonl import read_metrics
+from tide_mega.metrics.jsonl import read_metrics
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]

@@ -9,16 +9,16 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from tests.support.runs import tiny
+from tide_mega.checkpoint.folder import CheckpointFolder
+from tide_mega.checkpoint.job import Destinations, Keep, save
+from tide_mega.checkpoint.planners import Stored
+from tide_mega.checkpoint.state import Identity, SavedState, TrainingState
+from tide_mega.checkpoint.together import place
+from tide_mega.checkpoint.whole import whole_tensors
 from tide_mega.config.schema import TideConfig
 from tide_mega.model.canonical import Box
+from tide_mega.model.passes import compute_gradients
 from tide_mega.parallel.groups import World
-from tide_mega.training.checkpoint.folder import CheckpointFolder
-from tide_mega.training.checkpoint.job import Destinations, Keep, save
-from tide_mega.training.checkpoint.planners import Stored
-from tide_mega.training.checkpoint.state import Identity, SavedState, TrainingState
-from tide_mega.training.checkpoint.together import place
-from tide_mega.training.checkpoint.whole import whole_tensors
-from tide_mega.training.step import compute_gradients
 from tide_mega.training.trainer import Trainer
 
 
@@ -105,7 +105,7 @@ def resume_and_save(config: TideConfig, folder: Path) -> list[str]:
     said: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("tide_mega.training.checkpoint")
+    logger = logging.getLogger("tide_mega.checkpoint")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     trainer = Trainer(config, World.from_environment())

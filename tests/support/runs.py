@@ -5,8 +5,8 @@ from typing import Any
 
 from tide_mega.config.hydra_door import compose
 from tide_mega.config.schema import TideConfig
+from tide_mega.metrics.jsonl import read_metrics
 from tide_mega.parallel.groups import World
-from tide_mega.training.jsonl import read_metrics
 from tide_mega.training.trainer import Trainer
 
 TINY = [

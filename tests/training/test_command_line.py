@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.runs import TINY
-from tide_mega.training.jsonl import read_metrics
+from tide_mega.metrics.jsonl import read_metrics
 
 pytestmark = pytest.mark.slow
 

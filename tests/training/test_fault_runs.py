@@ -12,9 +12,9 @@ import pytest
 from tests.support.runs import TINY, curve, tiny, train_here, train_until
 from tide_mega.config.errors import ConfigError
 from tide_mega.data.errors import DataError
+from tide_mega.metrics.jsonl import read_metrics
 from tide_mega.training.exits import Exit
 from tide_mega.training.faults.policy import DivergedError
-from tide_mega.training.jsonl import read_metrics
 
 SPIKE = ("faults.spike_window=8", "trainer.max_steps=14", "checkpoint.every=5", "trainer.eval_every=0")
 

@@ -2,9 +2,9 @@ from dataclasses import fields
 
 import pytest
 
+from tide_mega.metrics.deciles import DecileResult, NullWeightResult
+from tide_mega.metrics.records import EvalRecord, TrainRecord
 from tide_mega.training.loggers import Loggers
-from tide_mega.training.metrics import DecileResult, NullWeightResult
-from tide_mega.training.records import EvalRecord, TrainRecord
 
 DECILES = DecileResult(4.0, 3, {"0": 4.0}, {"0": 3}, 4.0, None, None)
 

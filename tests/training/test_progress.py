@@ -3,8 +3,8 @@ from dataclasses import replace
 
 import pytest
 
+from tide_mega.metrics.records import EvalRecord, TrainRecord
 from tide_mega.training.progress import Progress, format_count, format_duration, format_eval, format_train
-from tide_mega.training.records import EvalRecord, TrainRecord
 
 TRAIN = TrainRecord(
     step=120,

@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 
 from tests.support.runs import tiny
+from tide_mega.metrics.jsonl import read_metrics
 from tide_mega.parallel.groups import World
-from tide_mega.training.jsonl import read_metrics
 from tide_mega.training.trainer import Trainer
 
 BAD_STEP, LAST = 3, 4

@@ -11,10 +11,10 @@ import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from tide_mega.checkpoint.folder import CheckpointFolder
+from tide_mega.checkpoint.search import verify
+from tide_mega.checkpoint.whole import whole_tensors
 from tide_mega.config.schema import TideConfig
-from tide_mega.training.checkpoint.folder import CheckpointFolder
-from tide_mega.training.checkpoint.search import verify
-from tide_mega.training.checkpoint.whole import whole_tensors
 from tide_mega.training.trainer import train
 
 PROCESSES = 2

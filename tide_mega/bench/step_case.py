@@ -8,10 +8,10 @@ from tide_mega.bench.ids import draw_ids
 from tide_mega.bench.timing import Stopwatch
 from tide_mega.config.schema import TideConfig
 from tide_mega.data.batch import TokenBatch
+from tide_mega.model.passes import compute_gradients
 from tide_mega.parallel.device import Device
 from tide_mega.parallel.groups import make_groups
 from tide_mega.training.setup import build_engine, build_stage
-from tide_mega.training.step import compute_gradients
 
 REGIONS = ("gradients", "optimizer")
 

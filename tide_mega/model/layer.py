@@ -44,7 +44,7 @@ class TideLayer(TransformerLayer):
         """Attention, then feed-forward and memory side by side; `context` is a packed TokenOrder."""
         packed = kwargs.pop("context", None)
         hidden_SBD, _ = self._forward_attention(*args, **kwargs)
-        if self.router_JD is None:
+        if self.router_JD is None or self.layer_number - 1 in self.board.silenced:
             return self._forward_mlp(hidden_SBD), packed
         return self._forward_feed_forward(hidden_SBD, self.router_JD, packed), packed
 
@@ -66,7 +66,7 @@ class TideLayer(TransformerLayer):
         out_SBD, alpha_NJ = mix(self.board.kernels.mix, logits_NJ, hidden_SBD, ffn_SBD, rows_UKD, order, sink)
         # Under full recompute the first pass runs without a graph, and this line is met again in the second.
         if torch.is_grad_enabled() or not self.training:
-            self.board.record_null_weights(self.layer_number - 1, alpha_NJ[:, -1].view(hidden_SBD.shape[:2]))
+            self.board.record_alpha(self.layer_number - 1, alpha_NJ.view(*hidden_SBD.shape[:2], -1))
         return out_SBD
 
     def _mlp(self, normed_SBD: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -1,6 +1,7 @@
 """EmbeddingMemory: the K tables and their norms, and the board from which all layers read them.
 
-Shapes: U distinct token types of the step, K memory blocks, D width, W rows of the tables owned here.
+Shapes: U distinct token types of the step, K memory blocks, J = K + 1, D width, W rows of the tables owned here,
+S tokens of the sequence on this rank, B sequences.
 """
 
 from dataclasses import dataclass
@@ -69,10 +70,13 @@ class MemoryBoard:
     rows_UKD: Tensor | None = None
     sink: RowGradient | None = None
     """None where no gradient is wanted."""
-    null_weights_L: dict[int, list[Tensor]] | None = None
-    """When a dictionary, each layer adds its null-bank weights [S, B] of each microbatch, by index from 0."""
+    alpha_L: dict[int, list[Tensor]] | None = None
+    """When a dictionary, each layer adds its router's weights [S, B, J] of each microbatch, the null bank last, by
+    index from 0."""
+    silenced: frozenset[int] = frozenset()
+    """Layers, from 0, that leave the memory out (paper, appendix H)."""
 
-    def record_null_weights(self, layer: int, null_SB: Tensor) -> None:
-        """Keep a layer's null-bank weights, if someone asked for them."""
-        if self.null_weights_L is not None:
-            self.null_weights_L.setdefault(layer, []).append(null_SB)
+    def record_alpha(self, layer: int, alpha_SBJ: Tensor) -> None:
+        """Keep a layer's router weights, if someone asked for them."""
+        if self.alpha_L is not None:
+            self.alpha_L.setdefault(layer, []).append(alpha_SBJ)

@@ -13,7 +13,7 @@ from tide_mega.memory.meter import TrafficMeter
 from tide_mega.memory.owned import OwnedTables
 from tide_mega.model.memory import EmbeddingMemory, MemoryBoard
 from tide_mega.model.spec import transformer_config
-from tide_mega.model.tide import LossTensors, Targets, TideChunk
+from tide_mega.model.tide import LossTensors, Scored, ScoreTensors, Targets, TideChunk
 from tide_mega.parallel.groups import ParallelGroups
 from tide_mega.parallel.megatron_cpu import cuda_means_cpu
 
@@ -82,12 +82,12 @@ class TideStage(nn.Module):
         self,
         chunk: int = 0,
         tokens_BT: Tensor | None = None,
-        targets: Targets | None = None,
+        targets: Targets | Scored | None = None,
         index_BT: Tensor | None = None,
         *,
         read_ids: Tensor | None = None,
         rows_UKD: Tensor | None = None,
-    ) -> Tensor | LossTensors:
+    ) -> Tensor | LossTensors | ScoreTensors:
         """Run one microbatch through a chunk, or with `read_ids` [U] read the memory.
 
         Returns:
@@ -104,8 +104,11 @@ class TideStage(nn.Module):
 
         Whole sequences; B counts those of all microbatches since the board began to record.
         """
-        recorded = self.board.null_weights_L or {}
-        slices = {layer: torch.cat(null, dim=1) for layer, null in recorded.items()}
+        recorded = self.board.alpha_L or {}
+        slices = {
+            layer: torch.cat([alpha_SBJ[..., -1] for alpha_SBJ in of_layer], dim=1)
+            for layer, of_layer in recorded.items()
+        }
         like_SB = next(iter(slices.values()))
         whole_LSB = like_SB.new_zeros(self.num_layers, *like_SB.shape)
         for layer, null_SB in slices.items():

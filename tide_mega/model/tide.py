@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from tide_mega.config.schema import TideConfig
 from tide_mega.kernels.token_order import TokenOrder
-from tide_mega.kernels.vocab_loss import vocab_loss
+from tide_mega.kernels.vocab_loss import vocab_loss, vocab_scores
 from tide_mega.model.memory import MemoryBoard
 from tide_mega.model.spec import block_spec
 from tide_mega.parallel.groups import ParallelGroups
 
 LossTensors = tuple[Tensor, Tensor, Tensor, Tensor]
+ScoreTensors = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,14 @@ class Targets:
     """Ids to predict, negative where there is nothing to predict."""
     z_loss: float
     """Weight of the mean log Z² in the loss."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a microbatch is scored on, without gradient."""
+
+    labels_BT: Tensor
+    """Ids to score, negative where there is nothing to score."""
 
 
 class TideChunk(GPTModel):
@@ -81,49 +90,61 @@ class TideChunk(GPTModel):
     def forward(
         self,
         tokens_BT: Tensor | None = None,
-        targets: Targets | None = None,
+        targets: Targets | Scored | None = None,
         index_BT: Tensor | None = None,
-    ) -> Tensor | LossTensors:
+    ) -> Tensor | LossTensors | ScoreTensors:
         """Run one microbatch.
 
         Args:
             tokens_BT: token ids.
-            targets: what to predict; without them the logits of this rank's part of the vocabulary
+            targets: what to predict, or to score; without them the logits of this rank's part of the vocabulary
                 [B, T, V / tensor size] are returned.
             index_BT: row of each token on the board; needed when K > 0.
 
         Returns:
             On the last chunk the mean loss over labelled tokens, and without gradient the cross entropy [B, T] (0
-            where unlabelled), the sum of log Z² and the number of labelled tokens; on others the hidden state
+            where unlabelled), the sum of log Z² and the number of labelled tokens; for `Scored` the cross entropy
+            [B, T] and whether each label is the first choice [B, T]; on other chunks the hidden state
             [T or its slice, B, D].
         """
         context = None if index_BT is None else self._order_of_this_rank(index_BT).pack()
         return super().forward(tokens_BT, None, None, labels=targets, extra_block_kwargs={"context": context})
 
-    def _postprocess(self, hidden_states: Tensor, *args: Any, labels: Targets | None, **kwargs: Any) -> Any:
+    def _postprocess(
+        self, hidden_states: Tensor, *args: Any, labels: Targets | Scored | None, **kwargs: Any
+    ) -> Any:
         """Megatron's step from the last layer's output to the loss: ours where there are targets."""
         if labels is None or not self.post_process:
             return super()._postprocess(hidden_states, *args, labels=None, **kwargs)
         return self._loss(hidden_states, labels)
 
-    def _loss(self, hidden_TBD: Tensor, targets: Targets) -> LossTensors:
+    def _loss(self, hidden_TBD: Tensor, targets: Targets | Scored) -> LossTensors | ScoreTensors:
         group = self.groups.tensor
         if self.config.sequence_parallel:
             hidden_TBD = tensor_parallel.gather_from_sequence_parallel_region(hidden_TBD, group=group)
         else:
             hidden_TBD = tensor_parallel.copy_to_tensor_model_parallel_region(hidden_TBD, group=group)
         tied = self.share_embeddings_and_output_weights
+        weight_WD = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        hidden_ND, labels_N = hidden_TBD.flatten(0, 1), targets.labels_BT.transpose(0, 1).flatten()
+        chunk_tokens = self.kernels.loss_tokens
+
+        def by_sequence(values_N: Tensor) -> Tensor:
+            return values_N.view(hidden_TBD.shape[:2]).transpose(0, 1)
+
+        if isinstance(targets, Scored):
+            scores = vocab_scores(hidden_ND, weight_WD, labels_N, group, chunk_tokens=chunk_tokens)
+            return by_sequence(scores[0]), by_sequence(scores[1])
         loss, cross_entropy_N, z_square, count = vocab_loss(
-            hidden_TBD.flatten(0, 1),
-            self.shared_embedding_or_output_weight() if tied else self.output_layer.weight,
-            targets.labels_BT.transpose(0, 1).flatten(),
+            hidden_ND,
+            weight_WD,
+            labels_N,
             targets.z_loss,
             group,
-            chunk_tokens=self.kernels.loss_tokens,
+            chunk_tokens=chunk_tokens,
             compile_kernels=self.kernels.compile,
         )
-        cross_entropy_BT = cross_entropy_N.view(hidden_TBD.shape[:2]).transpose(0, 1)
-        return loss, cross_entropy_BT, z_square, count
+        return loss, by_sequence(cross_entropy_N), z_square, count
 
     def _order_of_this_rank(self, index_BT: Tensor) -> TokenOrder:
         index_TB = index_BT.transpose(0, 1)

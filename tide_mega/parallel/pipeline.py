@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from tide_mega.parallel.megatron_cpu import cuda_means_cpu
 
-LossFunction = Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]
+LossFunction = Callable[[Any], tuple[Tensor, dict[str, Tensor]]]
 ForwardStep = Callable[[Iterator[Any], nn.Module], tuple[Tensor, LossFunction]]
 
 

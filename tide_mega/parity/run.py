@@ -8,9 +8,10 @@ from typing import Any, cast
 
 from torch import Tensor
 
+from tide_mega.model.bare_engine import BareEngine
+from tide_mega.model.passes import compute_gradients, read_ahead
 from tide_mega.model.reference import ReferenceTide
 from tide_mega.parallel.engine import Engine
-from tide_mega.parity.bare_engine import BareEngine
 from tide_mega.parity.batches import batches_of_rank, batches_of_step
 from tide_mega.parity.case import STEPS, Z_LOSS, Case, configuration, learning_rate
 from tide_mega.parity.deviation import TABLES, Deviation, largest
@@ -31,7 +32,6 @@ from tide_mega.parity.topology import (
     mean_loss,
     trained_weights,
 )
-from tide_mega.training.step import compute_gradients, read_ahead
 
 
 def compare(case: Case) -> Deviation:

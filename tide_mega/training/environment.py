@@ -1,6 +1,5 @@
 """What a run ran on: versions, git state, device, optional libraries. Names no host and no path."""
 
-import importlib.metadata
 import platform
 import subprocess
 from pathlib import Path
@@ -9,20 +8,8 @@ from typing import Any
 import torch
 
 import tide_mega
+from tide_mega.config.versions import package_versions
 from tide_mega.parallel.device import detect_libraries
-
-_PACKAGES = (
-    "torch",
-    "megatron-core",
-    "deepspeed",
-    "hydra-core",
-    "webdataset",
-    "wandb",
-    "tokenizers",
-    "tiktoken",
-    "numpy",
-    "safetensors",
-)
 
 
 def describe_environment(device: torch.device, world_size: int) -> dict[str, Any]:
@@ -38,11 +25,6 @@ def describe_environment(device: torch.device, world_size: int) -> dict[str, Any
         "device": device_name(device),
         "world_size": world_size,
     }
-
-
-def package_versions() -> dict[str, str | None]:
-    """Versions of the packages that results depend on; None for one that is not installed."""
-    return {name: _version(name) for name in _PACKAGES}
 
 
 def device_name(device: torch.device) -> str:
@@ -69,10 +51,3 @@ def _git(folder: Path, *arguments: str) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None

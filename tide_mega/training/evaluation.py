@@ -10,11 +10,11 @@ from tide_mega.config.schema import TideConfig
 from tide_mega.data.batch import IGNORE_LABEL, TokenBatch
 from tide_mega.data.loader import validation_batches
 from tide_mega.data.stream import TokenStream
+from tide_mega.metrics.deciles import DecileLoss, NullWeight
+from tide_mega.metrics.records import EvalRecord
+from tide_mega.model.passes import evaluate_batches
 from tide_mega.model.stage import TideStage
 from tide_mega.parallel.groups import ParallelGroups, sum_over
-from tide_mega.training.metrics import DecileLoss, NullWeight
-from tide_mega.training.records import EvalRecord
-from tide_mega.training.step import evaluate_batches
 
 
 class Evaluator:

@@ -5,7 +5,7 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import Protocol
 
-from tide_mega.training.records import EvalRecord, EventRecord, TrainRecord
+from tide_mega.metrics.records import EvalRecord, EventRecord, TrainRecord
 
 
 class MetricsLogger(Protocol):

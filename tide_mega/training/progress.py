@@ -3,7 +3,7 @@
 import sys
 from typing import TextIO
 
-from tide_mega.training.records import EvalRecord, EventRecord, TrainRecord
+from tide_mega.metrics.records import EvalRecord, EventRecord, TrainRecord
 
 
 class Progress:

@@ -52,7 +52,7 @@ class RunFolder:
 
     @property
     def metrics(self) -> Path:
-        """One record a line (`tide_mega.training.jsonl`)."""
+        """One record a line (`tide_mega.metrics.jsonl`)."""
         return self.path / "metrics.jsonl"
 
     @property

@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tide_mega.data.atomic import write_json
+from tide_mega.metrics.records import EvalRecord, TrainRecord
 from tide_mega.training.faults.policy import FaultState
 from tide_mega.training.goodput import PRODUCTIVE, Ledger
 from tide_mega.training.progress import format_count, format_duration
-from tide_mega.training.records import EvalRecord, TrainRecord
 
 log = logging.getLogger(__name__)
 

@@ -8,27 +8,28 @@ from dataclasses import asdict
 import torch
 import torch.distributed as dist
 
+from tide_mega.checkpoint import Checkpointer, Identity, TrainingState
 from tide_mega.config.schema import TideConfig
 from tide_mega.config.sizes import flops_per_token
 from tide_mega.config.validate import total_steps, validate
 from tide_mega.data.batch import TokenBatch
+from tide_mega.metrics.jsonl import JsonlLogger
+from tide_mega.metrics.records import EvalRecord, EventRecord, TrainRecord
+from tide_mega.model.passes import Ahead, StepResult, compute_gradients, read_ahead
 from tide_mega.model.stage import TideStage
 from tide_mega.parallel.device import choose_device, set_threads
 from tide_mega.parallel.groups import World, make_groups, start_distributed, stop_distributed, sum_over
 from tide_mega.training.batches import StepBatches
-from tide_mega.training.checkpoint import Checkpointer, Identity, TrainingState
 from tide_mega.training.evaluation import Evaluator
 from tide_mega.training.faults.guard import StepGuard
 from tide_mega.training.faults.policy import Action, DivergedError, Verdict
 from tide_mega.training.faults.watchdog import Watchdog, hang_seconds
 from tide_mega.training.goodput import Ledger
 from tide_mega.training.interrupt import Agreement, Interrupt, RunStoppedError, job_interrupt
-from tide_mega.training.jsonl import JsonlLogger
 from tide_mega.training.loggers import Loggers
 from tide_mega.training.optimizer import TABLES
 from tide_mega.training.precision import resolve_precision
 from tide_mega.training.progress import Progress
-from tide_mega.training.records import EvalRecord, EventRecord, TrainRecord
 from tide_mega.training.runfolder import RunFolder, finished_run, open_run_folder
 from tide_mega.training.schedule import learning_rate
 from tide_mega.training.schedule_traffic import count_step
@@ -40,7 +41,6 @@ from tide_mega.training.setup import (
     device_peak,
     open_stream,
 )
-from tide_mega.training.step import Ahead, StepResult, compute_gradients, read_ahead
 from tide_mega.training.summary import publish, summarise
 from tide_mega.training.throughput import Throughput
 from tide_mega.training.wandb_logger import WandbLogger
@@ -194,7 +194,7 @@ class Trainer:
             batch = state.samples // config.trainer.global_batch_size + 1
             self.guard.begin(batch)
             logged = self._is_due(state.step + 1, config.logging.every)
-            self.stage.board.null_weights_L = {} if logged else None
+            self.stage.board.alpha_L = {} if logged else None
             result = compute_gradients(
                 self.engine,
                 batches,
@@ -386,7 +386,7 @@ class Trainer:
         if self.stage.num_blocks == 0:
             return []
         means_L = self.stage.null_weights().float().mean(dim=(1, 2))
-        self.stage.board.null_weights_L = None
+        self.stage.board.alpha_L = None
         return (sum_over(self.groups.data, means_L) / self.groups.data_size).tolist()
 
     def _save(self) -> None:

@@ -11,8 +11,8 @@ from urllib.parse import urlsplit
 import wandb
 
 from tide_mega.config.schema import LoggingConfig
-from tide_mega.training.metrics import BySlot
-from tide_mega.training.records import EvalRecord, EventRecord, TrainRecord
+from tide_mega.metrics.deciles import BySlot
+from tide_mega.metrics.records import EvalRecord, EventRecord, TrainRecord
 
 log = logging.getLogger(__name__)
 

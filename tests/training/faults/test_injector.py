@@ -7,8 +7,8 @@ import torch
 
 from tide_mega.config.errors import ConfigError
 from tide_mega.data.errors import DataError
+from tide_mega.model.passes import StepResult
 from tide_mega.training.faults.injector import Injector
-from tide_mega.training.step import StepResult
 
 RESULT = StepResult(torch.tensor(6.0), torch.tensor(1.0), torch.tensor(3))
 

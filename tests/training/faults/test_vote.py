@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tide_mega.model.passes import StepResult
 from tide_mega.training.faults.vote import take_vote
-from tide_mega.training.step import StepResult
 
 
 def vote_of(cases):

@@ -56,7 +56,7 @@ def vocab_loss(
         ValueError: a label is not in the vocabulary (on CPU; looking would stall a GPU), or shapes do not fit.
     """
     ranks, rank = (group.size(), group.rank()) if group is not None else (1, 0)
-    _check(hidden_ND, weight_WD, labels_N, ranks)
+    check_shapes(hidden_ND, weight_WD, labels_N, ranks)
     wanted = torch.is_grad_enabled()
     return _ChunkedVocabLoss.apply(
         hidden_ND,
@@ -71,7 +71,8 @@ def vocab_loss(
     )
 
 
-def _check(hidden_ND: Tensor, weight_WD: Tensor, labels_N: Tensor, ranks: int) -> None:
+def check_shapes(hidden_ND: Tensor, weight_WD: Tensor, labels_N: Tensor, ranks: int) -> None:
+    """Raise ValueError where shapes do not fit, or on a CPU a label is not in the vocabulary."""
     tokens, size = hidden_ND.shape
     if labels_N.shape != (tokens,) or weight_WD.size(1) != size:
         raise ValueError(

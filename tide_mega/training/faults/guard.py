@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from tide_mega.config.schema import FaultConfig
+from tide_mega.model.passes import StepResult
 from tide_mega.parallel.device import Device
 from tide_mega.parallel.engine import Engine
 from tide_mega.training.faults.injector import Injector
@@ -12,7 +13,6 @@ from tide_mega.training.faults.own_time import OwnTime
 from tide_mega.training.faults.policy import Action, FaultPolicy, Verdict, describe
 from tide_mega.training.faults.straggler import StragglerReport, Stragglers, gather_places
 from tide_mega.training.faults.vote import take_vote
-from tide_mega.training.step import StepResult
 
 log = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from tide_mega.config.injection import KINDS, Injection, parse_injection
 from tide_mega.data.errors import DataError
+from tide_mega.model.passes import StepResult
 from tide_mega.parallel.engine import Engine
-from tide_mega.training.step import StepResult
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tide_mega.training.step import StepResult
+from tide_mega.model.passes import StepResult
 
 _COLUMNS = 5
 

@@ -1,0 +1,64 @@
+"""What a checkpoint says it is, and who may go on from it."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.support.checkpoints import IDENTITY, write_step
+from tide_mega.checkpoint.errors import CheckpointError
+from tide_mega.checkpoint.state import Identity, SavedState, TrainingState
+from tide_mega.config.errors import ConfigError
+from tide_mega.config.hydra_door import compose
+
+
+def identity(*overrides, data="d", bins=b"b", world_size=8):
+    config = compose(
+        ["experiment=demo_tide", "trainer.global_batch_size=64", *overrides], world_size=world_size
+    )
+    return Identity.of(config, data, bins, world_size)
+
+
+def test_what_was_saved_is_read(tmp_path):
+    progress = TrainingState(7, 56, 1.5, 0.25, 1024, "run-id", {"rolled_back": 2})
+    saved = SavedState("id", progress, 6, identity("memory.owners=tensor_data"))
+    (tmp_path / "state.json").write_text(saved.dump())
+    assert SavedState.read(tmp_path) == saved
+
+
+def test_topology_and_versions_may_change():
+    one = identity(world_size=1)
+    other = identity("parallel=tp2", "parallel.zero_stage=2", "memory.owners=tensor_data")
+    assert one.topology != other.topology
+    assert other.topology | {"processes": 8, "tensor": 2, "data": 4, "table_owners": 8} == other.topology
+    one.check(replace(other, versions={"torch": "0"}), Path("c"))
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        (identity("memory=k8"), r"another model, with memory\.num_blocks=8 \(now 4\): give these the values"),
+        (identity("model.num_layers=3"), r"num_layers=3 \(now"),
+        (identity(data="e"), "while training on other data than"),
+        (identity(bins=b"c"), "with other frequency deciles than"),
+    ],
+)
+def test_another_run_is_refused_in_a_sentence(other, said):
+    with pytest.raises(ConfigError, match=said):
+        identity().check(other, Path("c"))
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"save_id": "x", "progress": {"step": 1, "new": 2}}'])
+def test_a_state_of_something_else_is_an_error(tmp_path, content):
+    (tmp_path / "state.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"state\.json cannot be read"):
+        SavedState.read(tmp_path)
+
+
+def test_the_file_names_everything(tmp_path):
+    write_step(tmp_path, 4)
+    content = json.loads((tmp_path / "step-00000004" / "state.json").read_text())
+    assert set(content) == {"save_id", "progress", "updates", "identity", "format"}
+    assert content["identity"]["model"] == IDENTITY.model
+    assert content["progress"]["step"] == content["updates"] == 4

@@ -1,0 +1,90 @@
+"""What every diagnostic gets: the runs, the options, and models of their checkpoints, one at a time."""
+
+import gc
+import logging
+from dataclasses import dataclass, field
+
+import torch
+
+from tide_mega.config.errors import ConfigError
+from tide_mega.data.batch import TokenBatch
+from tide_mega.data.loader import validation_batches
+from tide_mega.data.stream import TokenStream
+from tide_mega.diagnostics.options import AnalyzeOptions
+from tide_mega.parallel.device import Device
+from tide_mega.trained.model import TrainedModel
+from tide_mega.trained.run import StoredWeights, TrainedRun
+
+log = logging.getLogger(__name__)
+
+
+class SkippedError(Exception):
+    """A diagnostic has nothing to show for these runs; the message says what it would need."""
+
+
+@dataclass
+class Analysis:
+    """Runs side by side, the smallest K first. They share tokenizer and held-out text."""
+
+    runs: list[TrainedRun]
+    options: AnalyzeOptions
+    device: Device
+    _open: tuple[TrainedRun, StoredWeights, TrainedModel] | None = field(default=None, repr=False)
+
+    @classmethod
+    def open(cls, options: AnalyzeOptions, device: Device) -> "Analysis":
+        """Open the runs.
+
+        Raises:
+            ConfigError: one cannot be opened, two have one label, or their tokenizers differ.
+        """
+        runs = [TrainedRun.open(path, data=options.data) for path in options.run]
+        runs.sort(key=lambda run: run.num_blocks)
+        labels = [run.label for run in runs]
+        if twice := sorted({label for label in labels if labels.count(label) > 1}):
+            raise ConfigError(f"two runs are called {twice[0]}: name them, run=first=<path>,second=<path>.")
+        if len({run.tokenizer.fingerprint for run in runs}) > 1:
+            raise ConfigError("the runs were trained with different tokenizers: analyse them one by one.")
+        return cls(runs, options, device)
+
+    @property
+    def base(self) -> TrainedRun | None:
+        """The baseline: the run with K = 0, if there is one."""
+        return next((run for run in self.runs if run.num_blocks == 0), None)
+
+    @property
+    def with_memory(self) -> list[TrainedRun]:
+        """The runs with K > 0.
+
+        Raises:
+            SkippedError: there is none.
+        """
+        found = [run for run in self.runs if run.num_blocks > 0]
+        if not found:
+            raise SkippedError("it needs a run with memory (K > 0)")
+        return found
+
+    def model(self, run: TrainedRun, weights: StoredWeights | None = None) -> TrainedModel:
+        """Return a checkpoint's model; the one before is forgotten, so that one at a time is in memory."""
+        weights = weights or run.weights
+        if self._open is None or self._open[:2] != (run, weights):
+            self._open = None
+            gc.collect()
+            if self.device.is_cuda:
+                torch.cuda.empty_cache()
+            model = TrainedModel(run, self.device, weights=weights, precision=self.options.precision)
+            self._open = (run, weights, model)
+        return self._open[2]
+
+    def held_out(self, run: TrainedRun) -> list[TokenBatch]:
+        """Return `options.sequences` held-out sequences of the run's dataset, the same for every run of it."""
+        stream = TokenStream.open(run.data, "validation", run.config.data.seq_length, logger=log)
+        batches = validation_batches(
+            stream,
+            seed=self.options.seed,
+            sequences=self.options.sequences,
+            micro_batch_size=self.options.batch,
+            dp_rank=0,
+            dp_size=1,
+        )
+        return list(batches)

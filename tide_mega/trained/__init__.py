@@ -1,0 +1,1 @@
+"""Trained models, opened to be looked at: run folders, stored rows, the model itself."""

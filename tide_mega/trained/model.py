@@ -1,0 +1,162 @@
+"""A checkpoint as a running model: the training run's own layers, without optimizer, at any topology.
+
+Shapes: B sequences, T tokens, L layers, K blocks, J = K + 1, D width, U distinct token types of a microbatch.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from tide_mega.checkpoint.weights import load_weights
+from tide_mega.config.schema import ParallelConfig, TideConfig
+from tide_mega.data.batch import TokenBatch
+from tide_mega.kernels.row_norm import row_norm
+from tide_mega.model.passes import EvaluatedBatch, accumulate_row_gradients, evaluate_batches
+from tide_mega.model.stage import TideStage
+from tide_mega.parallel.device import Device
+from tide_mega.parallel.groups import ParallelGroups, make_groups
+from tide_mega.trained.run import StoredWeights, TrainedRun
+
+
+@dataclass(frozen=True)
+class Inside:
+    """What a forward pass computed on its way."""
+
+    hidden_LBTD: Tensor
+    """h of every layer, after feed-forward and memory; fp32."""
+    alpha_LBTJ: Tensor | None
+    """Router weights, the null bank last; None without memory."""
+
+
+@dataclass(frozen=True)
+class RowGradients:
+    """Gradients of a microbatch's mean loss, for each distinct id in it."""
+
+    ids_U: Tensor
+    counts_U: Tensor
+    """Tokens of each."""
+    embedding_UD: Tensor
+    """Of the input embedding's row, by its path into the first layer alone."""
+    tables_UKD: Tensor | None
+    """Of the rows of every table, before their norm; None without memory."""
+
+
+class TrainedModel:
+    """A model with the weights of a checkpoint; torch.distributed is up (`parallel.groups.start_distributed`)."""
+
+    def __init__(
+        self,
+        run: TrainedRun,
+        device: Device,
+        *,
+        weights: StoredWeights | None = None,
+        precision: str = "fp32",
+        parallel: ParallelConfig | None = None,
+    ) -> None:
+        """Build and fill it; collective.
+
+        Args:
+            run: the run, for its configuration.
+            device: where to compute.
+            weights: a checkpoint of the run; None means the run's own.
+            precision: fp32 or bf16, of weights and computation.
+            parallel: tensor and pipeline sizes; None means one process. What is left of the world are replicas,
+                which never wait for each other.
+        """
+        self.run, self.device = run, device
+        self.config: TideConfig = replace(
+            run.config,
+            parallel=parallel or ParallelConfig(),
+            memory=replace(run.config.memory, owners="tensor"),
+            trainer=replace(run.config.trainer, precision=precision),
+        )
+        self.groups: ParallelGroups = make_groups(self.config.parallel, self.config.trainer.seed)
+        with torch.device(device.torch_device):
+            self.stage = TideStage(self.config, self.groups, device.torch_device)
+        self.stage = self.stage.to(device.torch_device)
+        self.stage.requires_grad_(False)
+        self.stage.eval()
+        load_weights(self.stage, run.config.model, (weights or run.weights).path)
+
+    @property
+    def num_layers(self) -> int:
+        """L."""
+        return self.config.model.num_layers
+
+    def score(self, batches: list[TokenBatch]) -> list[EvaluatedBatch]:
+        """Score every label of microbatches of the same shape; collective over a replica."""
+        return evaluate_batches(self.stage, [self._here(batch) for batch in batches])
+
+    @contextmanager
+    def silenced(self, *layers: int) -> Iterator[None]:
+        """Within it these layers, from 0, leave the memory out (paper, appendix H)."""
+        self.stage.board.silenced = frozenset(layers)
+        try:
+            yield
+        finally:
+            self.stage.board.silenced = frozenset()
+
+    def look_inside(self, tokens_BT: Tensor) -> Inside:
+        """Run tokens forward and keep what every layer made of them; in one process alone."""
+        self._refuse_parallel()
+        hidden: list[Tensor] = []
+
+        def keep(_: nn.Module, __: object, output: tuple[Tensor, Tensor]) -> None:
+            hidden.append(output[0].transpose(0, 1).float())
+
+        batch = self._here(TokenBatch(tokens_BT, torch.full_like(tokens_BT, -1)))
+        hooks = [layer.register_forward_hook(keep) for layer in self.stage.transformers[0].decoder.layers]
+        try:
+            with_alpha = evaluate_batches(self.stage, [batch], keep_alpha=True)[0]
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return Inside(torch.stack(hidden), with_alpha.alpha_LBTJ)
+
+    def row_gradients(self, batch: TokenBatch) -> RowGradients:
+        """Differentiate the mean loss of a microbatch by the rows its tokens read; in one process alone.
+
+        No parameter gets a gradient, so beside the model only the microbatch's activations and rows are held.
+        """
+        self._refuse_parallel()
+        batch = self._here(batch)
+        leaves: list[Tensor] = []
+
+        def cut(_: nn.Module, __: object, output_TBD: Tensor) -> Tensor:
+            leaves.append(output_TBD.detach().requires_grad_())
+            return leaves[-1]
+
+        hook = self.stage.transformers[0].embedding.register_forward_hook(cut)
+        try:
+            ids_U, normed_UKD = accumulate_row_gradients(self.stage, batch)
+        finally:
+            hook.remove()
+        ids_U, index_BT = torch.unique(batch.tokens_BT, return_inverse=True)
+        grad_BTD = leaves[0].grad
+        assert grad_BTD is not None
+        grad_ND = grad_BTD.transpose(0, 1).flatten(0, 1).float()
+        embedding_UD = torch.zeros(len(ids_U), grad_ND.size(1), device=grad_ND.device)
+        embedding_UD.index_add_(0, index_BT.flatten(), grad_ND)
+        counts_U = torch.bincount(index_BT.flatten(), minlength=len(ids_U))
+        return RowGradients(ids_U, counts_U, embedding_UD, self._before_norm(ids_U, normed_UKD))
+
+    def _before_norm(self, ids_U: Tensor, normed_UKD: Tensor | None) -> Tensor | None:
+        """Carry gradients of normalised rows back through the norm."""
+        memory = self.stage.memory
+        if normed_UKD is None or memory is None or memory.tables_WKD is None:
+            return None
+        rows_UKD = memory.tables_WKD[ids_U].float().requires_grad_()
+        with torch.enable_grad():
+            row_norm("naive", rows_UKD, memory.gains_KD.float(), memory.norm_eps).backward(normed_UKD)
+        return rows_UKD.grad
+
+    def _here(self, batch: TokenBatch) -> TokenBatch:
+        return TokenBatch(*(x.to(self.device.torch_device) for x in batch))
+
+    def _refuse_parallel(self) -> None:
+        parallel = self.config.parallel
+        if parallel.tensor * parallel.pipeline > 1:
+            raise ValueError("only a model in one process can be looked into: leave tensor and pipeline at 1")

@@ -1,0 +1,188 @@
+"""A run folder, or one checkpoint of it, opened for reading."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from tide_mega.checkpoint import whole
+from tide_mega.checkpoint.errors import CheckpointError
+from tide_mega.checkpoint.folder import CheckpointFolder, step_of
+from tide_mega.checkpoint.manifest import Manifest
+from tide_mega.checkpoint.state import SavedState
+from tide_mega.config.errors import ConfigError
+from tide_mega.config.hydra_door import from_yaml
+from tide_mega.config.schema import TideConfig
+from tide_mega.data.frequency import UNSEEN, DecileTable
+from tide_mega.data.index import DatasetIndex
+from tide_mega.data.tokenizer import Tokenizer, load_tokenizer
+
+CHUNK_ELEMENTS = 2**25
+"""Stored rows read at a time: 128 MB."""
+
+
+@dataclass(frozen=True)
+class StoredWeights:
+    """The weights of one checkpoint, read row by row whatever the topology that saved them.
+
+    Names are those of `tide_mega.model.canonical`: `embedding.weight` [V, D], `memory.tables` [V, K, D],
+    `memory.gains` [K, D], `layers.0.router.weight` [K + 1, D], ...
+    """
+
+    path: Path
+
+    @cached_property
+    def state(self) -> SavedState:
+        """What the checkpoint says of itself."""
+        return SavedState.read(self.path)
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self.state.progress.step
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of every weight."""
+        stored = whole.shapes(self.path).items()
+        return {name.removeprefix("master/"): shape for name, shape in stored if name.startswith("master/")}
+
+    def rows(self, name: str, first: int, last: int) -> Tensor:
+        """Read rows first..last of a weight, fp32.
+
+        Raises:
+            CheckpointError: there is no such weight, or a file cannot be read.
+        """
+        if name not in self.shapes:
+            raise CheckpointError(f"{self.path} has no {name}: it has {', '.join(sorted(self.shapes))}")
+        return whole.rows(self.path, f"master/{name}", self.shapes[name], first, last)
+
+    def tensor(self, name: str) -> Tensor:
+        """Read a whole weight, fp32; see `rows`."""
+        return self.rows(name, 0, self.shapes[name][0] if name in self.shapes else 0)
+
+    def chunks(self, name: str) -> Iterator[tuple[int, Tensor]]:
+        """Yield (first row, rows) of a weight, some 128 MB at a time."""
+        total, *columns = self.shapes.get(name, (0,))
+        rows = max(1, CHUNK_ELEMENTS // max(1, int(np.prod(columns))))
+        for first in range(0, total, rows):
+            yield first, self.rows(name, first, min(first + rows, total))
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A run folder and the checkpoint of it that is looked at."""
+
+    label: str
+    folder: Path
+    config: TideConfig
+    weights: StoredWeights
+    data: Path
+    """The prepared dataset it was trained on."""
+
+    @classmethod
+    def open(cls, path: Path | str, label: str | None = None, data: Path | str | None = None) -> "TrainedRun":
+        """Open a run folder (its newest whole checkpoint) or one checkpoint, `runs/x/checkpoints/step-00000500`.
+
+        The label is the run's name unless one is given, also as `label=path`. `data` is where the dataset lies
+        now, if not where the configuration says.
+
+        Raises:
+            ConfigError: it is neither, no checkpoint in it is whole, or the dataset is not there.
+        """
+        text = str(path)
+        if label is None and (named := re.fullmatch(r"([^/=]+)=(.+)", text)):
+            label, text = named.groups()
+        where = Path(text).resolve()
+        is_checkpoint = (where / "manifest.json").is_file()
+        folder = where.parent.parent if is_checkpoint else where
+        if not (folder / "config.yaml").is_file():
+            raise ConfigError(
+                f"{text} is not a run folder: it has no config.yaml. Give run.root/run.name of a training."
+            )
+        chosen = where if is_checkpoint else _newest(folder, text)
+        if problems := _problems(chosen):
+            raise ConfigError(f"{chosen} is damaged: {'; '.join(problems)}. Choose another checkpoint.")
+        config = from_yaml((folder / "config.yaml").read_text(encoding="utf-8"))
+        dataset = Path(data or config.data.path)
+        if not (dataset / "index.json").is_file():
+            raise ConfigError(
+                f"the dataset of {text}, {dataset}, is not there: say where it lies with data=<folder>."
+            )
+        return cls(label or folder.name, folder, config, StoredWeights(chosen), dataset)
+
+    @property
+    def num_blocks(self) -> int:
+        """K."""
+        return self.config.memory.num_blocks
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done at the checkpoint."""
+        return self.weights.step
+
+    @property
+    def tokens(self) -> int:
+        """Training tokens consumed at the checkpoint."""
+        return self.tokens_at(self.weights)
+
+    @property
+    def metrics(self) -> Path:
+        """What the run logged (`tide_mega.metrics.jsonl`)."""
+        return self.folder / "metrics.jsonl"
+
+    def tokens_at(self, weights: StoredWeights) -> int:
+        """Training tokens consumed at one of `history`."""
+        return weights.state.progress.samples * self.config.data.seq_length
+
+    @cached_property
+    def history(self) -> list[StoredWeights]:
+        """Every whole checkpoint of the run up to the one looked at, by step."""
+        found = [
+            path for path in CheckpointFolder(self.folder / "checkpoints").complete() if not _problems(path)
+        ]
+        stored = [StoredWeights(path) for path in sorted(found, key=step_of)]
+        return [weights for weights in stored if weights.step <= self.step]
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The dataset's."""
+        return load_tokenizer(self.data / DatasetIndex.load(self.data).tokenizer.file)
+
+    @cached_property
+    def deciles(self) -> DecileTable:
+        """Of the training text."""
+        return DecileTable.load(self.data)
+
+    @cached_property
+    def counts(self) -> np.ndarray:
+        """How often each type of the model's vocabulary occurs in the prepared training text [V]."""
+        counts = np.load(self.data / "counts.npy", allow_pickle=False)
+        return np.pad(counts, (0, self.config.model.vocab_size - len(counts)))
+
+    @cached_property
+    def bins(self) -> np.ndarray:
+        """The decile of each type of the model's vocabulary [V], int8, DROPPED or UNSEEN outside."""
+        known = self.deciles.bin_of_type
+        return np.pad(known, (0, self.config.model.vocab_size - len(known)), constant_values=UNSEEN)
+
+
+def _newest(folder: Path, given: str) -> Path:
+    found = CheckpointFolder(folder / "checkpoints").complete()
+    whole_ones = [path for path in sorted(found, key=step_of, reverse=True) if not _problems(path)]
+    if not whole_ones:
+        raise ConfigError(
+            f"{given} has no whole checkpoint: train it (checkpoint.at_end=true), or give another run."
+        )
+    return whole_ones[0]
+
+
+def _problems(path: Path) -> list[str]:
+    try:
+        return Manifest.read(path).problems_outside(path)
+    except (CheckpointError, OSError) as error:
+        return [str(error)]

@@ -1,7 +1,0 @@
-"""Checkpoints: written beside training, whole or absent, verified before use, readable at any topology."""
-
-from tide_mega.training.checkpoint.checkpointer import Checkpointer
-from tide_mega.training.checkpoint.errors import CheckpointError
-from tide_mega.training.checkpoint.state import Identity, TrainingState
-
-__all__ = ["CheckpointError", "Checkpointer", "Identity", "TrainingState"]
