@@ -5,7 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.runs import tiny, train_here
 from tide_mega.bench.own_text import prepare_own_text
+from tide_mega.parallel.device import Device, choose_device
+from tide_mega.parallel.groups import World, start_distributed, stop_distributed
 from tide_mega.parity.pool import WorkerPool
 
 
@@ -29,3 +32,28 @@ def pools() -> Iterator[Callable[[int], WorkerPool]]:
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a prepared dataset small enough for trainings of seconds."""
     return prepare_own_text(tmp_path_factory.mktemp("tiny"), 600)
+
+
+@pytest.fixture(scope="session")
+def tiny_runs(
+    pools: Callable[[int], WorkerPool], tiny_data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[int, Path]:
+    """Return run folders by K, 0 and 2: tiny trainings with checkpoints at steps 3 and 6."""
+    root = tmp_path_factory.mktemp("tiny_runs")
+    folders = {}
+    for k, memory in ((0, "none"), (2, "k2")):
+        words = [f"memory={memory}", "memory.owners=tensor", f"run.name=k{k}", "checkpoint.keep_every=3"]
+        if k:
+            words.append("memory.router_init_std=0.5")
+        pools(1).run(train_here, tiny(tiny_data, root, *words))
+        folders[k] = root / f"k{k}"
+    return folders
+
+
+@pytest.fixture(scope="module")
+def alone() -> Iterator[Device]:
+    """Join a group of this process alone, in this process; return its device."""
+    device = choose_device("cpu", 0)
+    start_distributed(device, World(0, 1, 0, 1), timeout_minutes=5)
+    yield device
+    stop_distributed()

@@ -74,9 +74,8 @@ class TrainedModel:
             trainer=replace(run.config.trainer, precision=precision),
         )
         self.groups: ParallelGroups = make_groups(self.config.parallel, self.config.trainer.seed)
-        with torch.device(device.torch_device):
-            self.stage = TideStage(self.config, self.groups, device.torch_device)
-        self.stage = self.stage.to(device.torch_device)
+        self.stage = TideStage(self.config, self.groups, device.torch_device)
+        self.stage = self.stage.to(device.torch_device, self.stage.dtype)
         self.stage.requires_grad_(False)
         self.stage.eval()
         load_weights(self.stage, run.config.model, (weights or run.weights).path)
