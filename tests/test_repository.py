@@ -25,7 +25,12 @@ DOORS = {
     "megatron.core.parallel_state": {"tide_mega/parallel/groups.py"},
     "hydra": {"tide_mega/config/hydra_door.py"},
     "webdataset": {"tide_mega/data/shards.py"},
-    "wandb": {"tide_mega/training/wandb_logger.py"},
+    "wandb": {
+        "tide_mega/training/wandb_logger.py",
+        "tide_mega/dashboard/offline.py",
+        "tide_mega/dashboard/workspace.py",
+    },
+    "wandb_workspaces": {"tide_mega/dashboard/workspace.py"},
     "triton": {"tide_mega/kernels/"},
 }
 

@@ -67,7 +67,7 @@ def prepare_text(config: TideConfig) -> None:
 def report(configs: dict[str, TideConfig]) -> None:
     """Compare the last evaluations; print the table and write it, the picture and the data."""
     from tide_mega.data.frequency import DecileTable
-    from tide_mega.diagnostics.decile_report import compare_runs
+    from tide_mega.diagnostics.deciles.comparison import compare_runs
 
     first = next(iter(configs.values()))
     folders = {label: Path(config.run.root) / config.run.name for label, config in configs.items()}

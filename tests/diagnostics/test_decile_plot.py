@@ -3,8 +3,9 @@ from pathlib import Path
 import matplotlib.image
 import pytest
 
-from tide_mega.diagnostics.decile_plot import draw_deciles, plot_deciles
-from tide_mega.diagnostics.decile_run import DECILES, OUTSIDE, DecileRun
+from tide_mega.diagnostics.deciles.plot import draw_deciles, plot_deciles
+from tide_mega.diagnostics.deciles.run_losses import DECILES, OUTSIDE, DecileRun
+from tide_mega.plotting.lines import BASELINE, line, lines
 
 
 def run(label: str, offset: float, *, memory: bool) -> DecileRun:
@@ -47,6 +48,19 @@ def test_panels_show_losses_gains_and_null_weights() -> None:
 
 def test_without_memory_there_is_no_empty_panel() -> None:
     assert len(draw_deciles(BASE, [run("other", 0.1, memory=False)]).axes) == 2
+
+
+def test_without_a_baseline_there_are_losses_alone() -> None:
+    (losses,) = draw_deciles(None, [run("tide", 0.25, memory=True)], null_weights=False).axes
+    assert [line.get_label() for line in losses.lines] == ["tide"]
+
+
+def test_runs_look_different_up_to_36() -> None:
+    looks = {(look.colour, look.marker) for look in map(line, range(36))}
+    assert len(looks) == 36
+    assert lines([0, 2, 4]) == [BASELINE, line(0), line(1)]
+    assert lines([2, 4]) == [line(0), line(1)]
+    assert lines([0, 0]) == [BASELINE, line(0)]
 
 
 def test_a_decile_without_tokens_leaves_a_gap() -> None:

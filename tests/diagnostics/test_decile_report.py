@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from tide_mega.diagnostics.decile_report import DecileReport, compare_runs
-from tide_mega.diagnostics.decile_run import DECILES, OUTSIDE, DecileRun, load_run
+from tide_mega.diagnostics.deciles.comparison import DecileReport, compare_runs
+from tide_mega.diagnostics.deciles.run_losses import DECILES, OUTSIDE, DecileRun, load_run
 from tide_mega.metrics.slots import SLOTS
 
 COUNTS = [10, 10, 20, 40, 40, 40, 40, 100, 100, 200, 50, 0]

@@ -13,7 +13,7 @@ from tide_mega.diagnostics.options import AnalyzeOptions
 from tide_mega.diagnostics.registry import DIAGNOSTICS, Diagnostic, chosen
 from tide_mega.diagnostics.report import show
 from tide_mega.diagnostics.section import DataTable, Section
-from tide_mega.diagnostics.style import panels
+from tide_mega.plotting.style import panels
 
 
 class Fake(Diagnostic):

@@ -5,7 +5,7 @@ import pytest
 
 from tide_mega.diagnostics.saving import load, save, to_csv
 from tide_mega.diagnostics.section import DataTable, Section
-from tide_mega.diagnostics.style import panels
+from tide_mega.plotting.style import panels
 
 
 def section(value=1.5):

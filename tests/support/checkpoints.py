@@ -124,14 +124,13 @@ def step_after_resuming(config: TideConfig) -> tuple[int, float, float]:
     """Resume in a pool's worker and make a step; return the step, its mean loss and its gradient norm."""
     trainer = Trainer(config, World.from_environment())
     try:
-        result = compute_gradients(
-            trainer.engine, trainer.batches.next_step(), trainer.config.trainer.z_loss, window=None
-        )
+        batches = trainer.batches.next_step()
+        result = compute_gradients(trainer.engine, batches, trainer.config.trainer.z_loss, window=None)
         trainer.engine.step(1e-3)
-        trainer.window.zero_()
-        trainer._add_to_window(result)
-        loss, _, tokens = trainer._window_sums()
-        return trainer.state.step, loss / tokens, trainer.engine.grad_norm()
+        window = trainer.reporter.window
+        window.restart(trainer.state.step)
+        window.add(result, batches)
+        return trainer.state.step, window.means().loss, trainer.engine.grad_norm()
     finally:
         trainer.close()
 

@@ -76,8 +76,8 @@ def train_until(config: TideConfig, step: int) -> int | None:
 
 
 def curve(metrics: Path) -> list[dict[str, Any]]:
-    """Everything a run logged but the clock's part."""
-    clock = {
+    """Everything a run logged but the machine's part."""
+    machine = {
         "tokens_per_second",
         "mfu",
         "step_seconds",
@@ -85,5 +85,8 @@ def curve(metrics: Path) -> list[dict[str, Any]]:
         "goodput",
         "slowest_ratio",
         "slow_ranks",
+        "memory_bytes",
+        "peak_memory_bytes",
+        "exchanged_bytes_per_step",
     }
-    return [{k: v for k, v in record.items() if k not in clock} for record in read_metrics(metrics)]
+    return [{k: v for k, v in record.items() if k not in machine} for record in read_metrics(metrics)]

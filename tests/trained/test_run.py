@@ -37,8 +37,10 @@ def test_rows_and_chunks_are_the_stored_master_weights(tiny_runs, monkeypatch):
 
 
 def test_a_weight_that_is_not_there_is_named(tiny_runs):
-    with pytest.raises(CheckpointError, match=r"has no memory.tables: it has embedding.weight, final_norm"):
-        StoredWeights(tiny_runs[0] / "checkpoints" / "step-00000006").tensor("memory.tables")
+    stored = StoredWeights(tiny_runs[0] / "checkpoints" / "step-00000006")
+    for read in (stored.tensor, lambda name: list(stored.chunks(name))):
+        with pytest.raises(CheckpointError, match=r"has no memory.tables: it has embedding.weight, final_norm"):
+            read("memory.tables")
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over(tiny_runs, tmp_path):

@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 
-from tide_mega.metrics.records import EvalRecord, TrainRecord
+from tide_mega.metrics.records import EvalRecord, TextResult, TrainRecord
 from tide_mega.training.progress import Progress, format_count, format_duration, format_eval, format_train
 
 TRAIN = TrainRecord(
@@ -61,6 +61,12 @@ def test_evaluation_line() -> None:
     assert format_eval(EVAL, 2000) == (
         "step  120/2000 | held-out loss 4.5000 | rare 7.2500 | mid - | common 3.5000 | 235,000 tokens"
     )
+
+
+def test_evaluation_line_with_texts() -> None:
+    wiki = TextResult(4.0, 54.5981, 1.5, 100, None, None, None, {}, {})
+    record = replace(EVAL, texts={"wikitext2": wiki, "pubmed": replace(wiki, perplexity=102.0)})
+    assert format_eval(record, 2000).endswith(" | 235,000 tokens | perplexity wikitext2 54.60, pubmed 102.00")
 
 
 def test_lines_are_plain_and_one_a_record() -> None:

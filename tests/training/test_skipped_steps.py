@@ -128,18 +128,26 @@ def test_a_bad_loss_on_one_rank_is_named_left_out_and_counted(pools, tiny_data, 
     config = config_of(tiny_data, tmp_path, case, "faults.inject=[nan_loss@3:0]", "logging.every=1")
     check(pools, config, case.world, "loss")
     records = read_metrics(tmp_path / "tiny" / "metrics.jsonl")
+    records = [r for r in records if r["kind"] != "weights"]
     assert [(r["kind"], r["step"]) for r in records] == [
         ("train", 1),
+        ("live", 1),
         ("train", 2),
+        ("live", 2),
         ("event", 3),
         ("train", 3),
+        ("live", 3),
         ("train", 4),
+        ("live", 4),
         ("eval", 4),
     ]
-    assert (records[2]["event"], records[2]["reason"], records[2]["at_step"]) == ("skipped", "loss", 3)
+    event, live = records[4], [r for r in records if r["kind"] == "live"]
+    assert (event["event"], event["reason"], event["at_step"]) == ("skipped", "loss", 3)
+    assert [sum(r["count_by_bin"].values()) for r in live] == [8 * 32, 8 * 32, 0, 8 * 32]
+    assert [r["loss"] is None for r in live] == [False, False, True, False]
     assert [r["skipped_steps"] for r in records if r["kind"] == "train"] == [0, 0, 1, 1]
-    assert records[4]["loss"] < 7
-    assert records[4]["tokens"] == LAST * 8 * 32
+    assert records[7]["loss"] < 7
+    assert records[7]["tokens"] == LAST * 8 * 32
 
 
 def replicated_weight_of_the_last_rank(trainer):

@@ -63,16 +63,32 @@ def nearly(value, rel):
     return value if value is None else pytest.approx(value, rel=rel)
 
 
+def assert_close(value, wanted, rel):
+    """Compare records, lists and numbers of the same form; distances near 0 are only that."""
+    if isinstance(wanted, dict):
+        assert value.keys() == wanted.keys()
+        for key in wanted:
+            assert_close(value[key], wanted[key], rel)
+    elif isinstance(wanted, list):
+        assert len(value) == len(wanted)
+        for item, other in zip(value, wanted, strict=True):
+            assert_close(item, other, rel)
+    else:
+        assert value == (pytest.approx(wanted, rel=rel, abs=1e-6) if isinstance(wanted, float) else wanted)
+
+
 def assert_same_curve(records, expected):
     assert [(r["kind"], r["step"]) for r in records] == [(r["kind"], r["step"]) for r in expected]
     for record, wanted in zip(records, expected, strict=True):
+        if record["kind"] in ("live", "weights"):
+            assert_close(record, wanted, 1e-4)
+            continue
         assert record["loss"] == nearly(wanted["loss"], 1e-5)
         assert record["null_weight_by_layer"] == nearly(wanted["null_weight_by_layer"], 1e-4)
         if record["kind"] == "train":
             assert record["z_loss"] == nearly(wanted["z_loss"], 1e-5)
             assert record["grad_norm"] == nearly(wanted["grad_norm"], 1e-4)
-            if record["grad_norm_tables"] is not None:
-                assert record["grad_norm_tables"] == nearly(wanted["grad_norm_tables"], 1e-4)
+            assert record["grad_norm_tables"] == nearly(wanted["grad_norm_tables"], 1e-4)
             continue
         assert record["count_by_bin"] == wanted["count_by_bin"]
         for slot, loss in wanted["loss_by_bin"].items():
@@ -104,7 +120,7 @@ def test_a_topology_has_the_curve_of_one_process_and_resumes_to_the_last_bit(
     for record, wanted in zip(resumed, whole, strict=True):
         # The sums before the checkpoint were over ranks; those after it begin with one number.
         for key in ("loss", "z_loss"):
-            if key in wanted:
+            if key in wanted and wanted["kind"] != "live":
                 assert record.pop(key) == pytest.approx(wanted.pop(key), rel=1e-13)
         for side in (record, wanted):
             side.pop("traffic", None)

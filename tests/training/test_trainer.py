@@ -34,12 +34,17 @@ def test_a_run_logs_every_metric(finished):
     records = read_metrics(finished / "metrics.jsonl")
     assert [(r["kind"], r["step"]) for r in records] == [
         ("train", 2),
+        ("live", 2),
         ("eval", 3),
+        ("weights", 3),
         ("train", 4),
+        ("live", 4),
         ("train", 6),
+        ("live", 6),
         ("eval", 6),
+        ("weights", 6),
     ]
-    train, evaluation = records[-2], records[-1]
+    train, evaluation = records[-4], records[-2]
     assert train["tokens"] == evaluation["tokens"] == 6 * 8 * 32
     assert 0 < train["loss"] < math.log(640) + 1
     assert train["z_loss"] == pytest.approx(1e-6 * math.log(640) ** 2, rel=0.3)
@@ -48,15 +53,43 @@ def test_a_run_logs_every_metric(finished):
     assert all(0 < weight < 1 for weight in train["null_weight_by_layer"])
     assert train["mfu"] > 0
     assert len(evaluation["null_weight_by_bin"]["mean"]) == 12
+    by_layer = evaluation["null_weight_by_layer_and_bin"]
+    assert by_layer[-1] == evaluation["null_weight_by_bin"]["last"] and len(by_layer) == 2
+    assert 0 < train["memory_bytes"] <= train["peak_memory_bytes"]
+    assert train["exchanged_bytes_per_step"] == 0
     assert records[0]["loss"] > train["loss"]
 
 
 def test_deciles_add_up_to_the_whole(finished):
-    evaluation = read_metrics(finished / "metrics.jsonl")[-1]
+    evaluation = read_metrics(finished / "metrics.jsonl")[-2]
     counts, losses = evaluation["count_by_bin"], evaluation["loss_by_bin"]
     assert sum(counts.values()) == 10 * 32
     total = sum(counts[slot] * losses[slot] for slot in counts if counts[slot])
     assert total / sum(counts.values()) == pytest.approx(evaluation["loss"], rel=1e-12)
+
+
+def test_live_lines_count_every_training_token_by_decile(finished):
+    records = read_metrics(finished / "metrics.jsonl")
+    of_kind = {kind: [r for r in records if r["kind"] == kind] for kind in ("train", "live")}
+    assert [live["first_step"] for live in of_kind["live"]] == [1, 3, 5]
+    for train, live in zip(of_kind["train"], of_kind["live"], strict=True):
+        counts, losses = live["count_by_bin"], live["loss_by_bin"]
+        assert sum(counts.values()) == 2 * 8 * 32
+        total = math.fsum(counts[slot] * losses[slot] for slot in counts if counts[slot])
+        assert total / sum(counts.values()) == pytest.approx(live["loss"], rel=1e-14)
+        assert live["loss"] == pytest.approx(train["loss"], rel=1e-6)
+        squares = math.fsum(norm**2 for norm in live["grad_norm_by_table"])
+        assert squares == pytest.approx(train["grad_norm_tables"] ** 2, rel=1e-14)
+        assert len(live["null_weight_by_layer_and_bin"]) == 2
+
+
+def test_without_diagnostics_the_lines_are_the_plain_ones(pools, tiny_data, tmp_path, finished):
+    config = tiny(tiny_data, tmp_path, "logging.diagnostics=false")
+    assert train_in(pools, config) == [6]
+    plain = [r for r in curve(finished / "metrics.jsonl") if r["kind"] in ("train", "eval")]
+    records = curve(tmp_path / "tiny" / "metrics.jsonl")
+    assert records == plain
+    assert read_metrics(tmp_path / "tiny" / "metrics.jsonl")[0]["memory_bytes"] is None
 
 
 def test_the_run_folder_says_what_ran(finished):
@@ -87,11 +120,12 @@ def test_two_replicas_resume_to_the_last_bit(pools, tiny_data, tmp_path):
     broken = tiny(tiny_data, tmp_path / "broken", *overrides, world_size=2)
     assert pools(2).run(train_until, broken, 4) == [4, 4]
     assert train_in(pools, broken, 2) == [6, 6]
-    losses = [
-        [r["loss"] for r in read_metrics(tmp_path / name / "tiny" / "metrics.jsonl")]
-        for name in ("whole", "broken")
-    ]
+    curves = [curve(tmp_path / name / "tiny" / "metrics.jsonl") for name in ("whole", "broken")]
+    losses = [[r["loss"] for r in records if r["kind"] in ("train", "eval")] for records in curves]
     assert losses[1] == pytest.approx(losses[0], rel=1e-14)
+    assert [[r for r in records if r["kind"] in ("live", "weights")] for records in curves][1:] == [
+        [r for r in curves[0] if r["kind"] in ("live", "weights")]
+    ]
 
 
 def test_data_and_tensor_parallel_runs_have_the_single_process_curve(pools, tiny_data, tmp_path, finished):
@@ -104,6 +138,8 @@ def test_data_and_tensor_parallel_runs_have_the_single_process_curve(pools, tiny
         assert train_in(pools, config, 2) == [6, 6]
         records = curve(tmp_path / name / "tiny" / "metrics.jsonl")
         for record, wanted in zip(records, expected, strict=True):
+            if record["kind"] not in ("train", "eval"):  # test_topologies has these
+                continue
             assert record["loss"] == pytest.approx(wanted["loss"], rel=1e-5)
             if record["kind"] == "train":
                 assert record["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-4)
@@ -124,7 +160,9 @@ def test_a_run_goes_on_at_another_topology_with_the_same_curve(pools, tiny_data,
     assert train_in(pools, elsewhere, 2) == [6, 6]
     records = curve(tmp_path / "tiny" / "metrics.jsonl")
     for record, wanted in zip(records, curve(finished / "metrics.jsonl"), strict=True):
-        assert record["loss"] == pytest.approx(wanted["loss"], rel=1e-6)
+        assert record["kind"] == wanted["kind"]
+        if "loss" in record:
+            assert record["loss"] == pytest.approx(wanted["loss"], rel=1e-6)
 
 
 def test_another_model_is_refused_by_name(pools, tiny_data, tmp_path):
@@ -163,7 +201,8 @@ def test_starting_anew_keeps_the_old_checkpoints_aside(pools, tiny_data, tmp_pat
     assert [p.name for p in sorted((tmp_path / "tiny" / "checkpoints").glob("step-*"))] == ["step-00000003"]
     aside = tmp_path / "tiny" / "checkpoints.replaced-1"
     assert [p.name for p in sorted(aside.glob("step-*"))] == ["step-00000003", "step-00000006"]
-    assert [r["step"] for r in read_metrics(tmp_path / "tiny" / "metrics.jsonl")] == [2, 3, 3]
+    records = read_metrics(tmp_path / "tiny" / "metrics.jsonl")
+    assert [r["step"] for r in records if r["kind"] in ("train", "eval")] == [2, 3, 3]
 
 
 def test_an_unfinished_checkpoint_is_not_resumed_from(pools, tiny_data, tmp_path):

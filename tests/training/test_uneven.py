@@ -129,6 +129,8 @@ def test_a_replica_of_one_token_type_trains_as_in_one_process(
     assert pools(2).run(train_monotone, together, first_monotone) == [6, 6]
     expected, records = (curve(tmp_path / name / "tiny" / "metrics.jsonl") for name in ("alone", "together"))
     for record, wanted in zip(records, expected, strict=True):
+        if record["kind"] == "weights":
+            continue
         assert record["loss"] == pytest.approx(wanted["loss"], rel=1e-4)
         if record["kind"] == "train":
             assert record["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-3)
@@ -143,6 +145,8 @@ def test_a_vocabulary_that_owners_do_not_divide_trains_as_in_one_process(pools, 
     assert pools(2).run(train_here, together) == [6, 6]
     expected, records = (curve(tmp_path / name / "tiny" / "metrics.jsonl") for name in ("alone", "together"))
     for record, wanted in zip(records, expected, strict=True):
+        if record["kind"] == "weights":
+            continue
         assert record["loss"] == pytest.approx(wanted["loss"], rel=1e-5)
 
 

@@ -130,6 +130,11 @@ class DataConfig:
     the middle of a run the windows that cannot be read are left out)."""
     verify: str = "size"
     """How shards are verified at start: size, or checksum (reads everything once)."""
+    perplexity_texts: list[str] = field(default_factory=list)
+    """Text files (UTF-8, or .jsonl with key `text`) whose perplexity every evaluation measures, whole and by
+    decile, under their names without suffix."""
+    perplexity_tokens: int = 65_536
+    """Most tokens taken of each, from its beginning; 0 takes all."""
 
 
 @dataclass
@@ -214,6 +219,9 @@ class LoggingConfig:
 
     every: int = 10
     """Steps between log lines; the loss of the steps between is averaged in."""
+    diagnostics: bool = True
+    """Whether log lines and evaluations also say what TIDE does: training loss and null weight by decile, gradient
+    norm of each table, norms of tables and embedding by decile, cosine distances, memory in use."""
     wandb: str = "auto"
     """auto (online with a login, offline without), online, offline, or disabled."""
     wandb_project: str = "tide_mega"

@@ -43,6 +43,7 @@ NOT_NEGATIVE = (
     *("model.init_std", "memory.num_blocks", "memory.table_init_std", "memory.router_init_std"),
     *("optim.init_lr", "optim.min_lr", "optim.warmup_steps", "optim.weight_decay", "optim.clip_grad"),
     *("optim.table_lr_multiplier", "optim.table_weight_decay", "data.seed", "data.num_workers"),
+    "data.perplexity_tokens",
     *("trainer.z_loss", "trainer.eval_every", "trainer.eval_sequences", "trainer.seed", "checkpoint.every"),
     *("faults.max_rollbacks", "faults.hang_minutes", "cluster.stop_before_minutes"),
 )

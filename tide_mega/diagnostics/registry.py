@@ -19,11 +19,10 @@ class Diagnostic:
     """In the paper."""
     about: str
     module: str
-    function: str = "run"
 
     def load(self) -> Callable[[Analysis], Section]:
         """Import what makes the section."""
-        return getattr(importlib.import_module(f"tide_mega.diagnostics.{self.module}"), self.function)
+        return importlib.import_module(f"tide_mega.diagnostics.{self.module}").run
 
 
 DIAGNOSTICS = (
@@ -45,14 +44,11 @@ DIAGNOSTICS = (
         "null_bound",
         "Proposition 3.1",
         "the null bank can switch the memory off",
-        "propositions",
-        "null_bound",
+        "propositions.null_bound",
     ),
+    Diagnostic("pathways", "Proposition 3.2", "squared gradients over the K tables", "propositions.pathways"),
     Diagnostic(
-        "pathways", "Proposition 3.2", "squared gradients over the K tables", "propositions", "pathways"
-    ),
-    Diagnostic(
-        "identity", "Proposition 3.3", "the memory separates any pair of tokens", "propositions", "identity"
+        "identity", "Proposition 3.3", "the memory separates any pair of tokens", "propositions.identity"
     ),
 )
 

@@ -1,1 +1,1 @@
-"""Zero-shot evaluation of checkpoints through lm-evaluation-harness."""
+"""Zero-shot evaluation of checkpoints with lm-evaluation-harness."""

@@ -15,11 +15,9 @@ from torch.distributed import ProcessGroup
 from tide_mega.config.schema import OptimConfig
 from tide_mega.memory.exchange import check_ids
 from tide_mega.memory.meter import TrafficMeter
+from tide_mega.memory.ranges import row_squares, sum_by_block
 from tide_mega.memory.route import PendingRows, Route
 from tide_mega.parallel.groups import ParallelGroups
-
-NORM_PIECE = 2**20
-"""Elements squared at a time."""
 
 
 @dataclass
@@ -103,14 +101,13 @@ class OwnedTables:
             self.gradient_WKD[rows_R] += grad_RKD.float() / self.groups.data_size
 
     def square_norm(self) -> Tensor:
-        """Sum of squares of the gradient of the rows owned here, fp64.
+        """Sum of squares of the gradient of the rows owned here, fp64."""
+        return self.square_norms().sum()
 
-        In pieces: one sum would make wide copies of the whole gradient, and with them the step's peak memory.
-        """
-        total = torch.zeros((), dtype=torch.float64, device=self.gradient_WKD.device)
-        for piece in self.gradient_WKD.flatten().split(NORM_PIECE):
-            total += piece.square().sum(dtype=torch.float64)
-        return total
+    def square_norms(self) -> Tensor:
+        """Return the same sum for each block [K]."""
+        _, squares_U = row_squares(self.gradient_WKD.view(-1), 0, self.gradient_WKD.size(2))
+        return sum_by_block(0, squares_U, self.gradient_WKD.size(1))
 
     def step(self, lr: float, scale: float) -> None:
         """Update every row with the gradient times `scale` (the global clip factor)."""

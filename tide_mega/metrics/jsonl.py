@@ -1,4 +1,6 @@
-"""metrics.jsonl of a run folder: one JSON object a line, `{"step": …, "kind": "train" | "eval" | "event", …}`.
+"""metrics.jsonl of a run folder: one JSON object a line, `{"step": …, "kind": …, …}`.
+
+Kinds are train, eval and event (`tide_mega.metrics.records`), live and weights (`tide_mega.metrics.live_records`).
 
 Floats keep full precision. A number that JSON does not have (a diverged loss) is written as the string
 "NaN", "Infinity" or "-Infinity", and read back as the float.
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tide_mega.data.atomic import write_bytes
+from tide_mega.metrics.live_records import LiveRecord, WeightsRecord
 from tide_mega.metrics.records import EvalRecord, EventRecord, TrainRecord
 
 log = logging.getLogger(__name__)
@@ -44,6 +47,14 @@ class JsonlLogger:
         """Append a line of kind "eval"."""
         self._write("eval", record)
 
+    def log_live(self, record: LiveRecord) -> None:
+        """Append a line of kind "live"."""
+        self._write("live", record)
+
+    def log_weights(self, record: WeightsRecord) -> None:
+        """Append a line of kind "weights"."""
+        self._write("weights", record)
+
     def log_event(self, record: EventRecord) -> None:
         """Append a line of kind "event"."""
         self._write("event", record)
@@ -58,7 +69,9 @@ class JsonlLogger:
         """Close the file."""
         self._file.close()
 
-    def _write(self, kind: str, record: TrainRecord | EvalRecord | EventRecord) -> None:
+    def _write(
+        self, kind: str, record: TrainRecord | EvalRecord | EventRecord | LiveRecord | WeightsRecord
+    ) -> None:
         fields = asdict(record)
         line = {"step": fields.pop("step"), "kind": kind, **fields}
         self._file.write(json.dumps(_encode(line), allow_nan=False) + "\n")

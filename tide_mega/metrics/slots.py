@@ -34,3 +34,7 @@ class SlotIndex:
         """Bool [N, S] of ids [N] below V; the row of a negative id (padding) is all false."""
         slot_N = self._slot_V[tokens_N.clamp(min=0)]
         return (slot_N[:, None] == self._slots_S) & (tokens_N >= 0)[:, None]
+
+    def slots(self, tokens_N: Tensor) -> Tensor:
+        """Slot [N] of ids [N] below V, int64; S for a negative id (padding)."""
+        return torch.where(tokens_N >= 0, self._slot_V[tokens_N.clamp(min=0)], len(SLOTS))

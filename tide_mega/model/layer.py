@@ -44,7 +44,13 @@ class TideLayer(TransformerLayer):
         """Attention, then feed-forward and memory side by side; `context` is a packed TokenOrder."""
         packed = kwargs.pop("context", None)
         hidden_SBD, _ = self._forward_attention(*args, **kwargs)
-        if self.router_JD is None or self.layer_number - 1 in self.board.silenced:
+        if self.router_JD is None:
+            return self._forward_mlp(hidden_SBD), packed
+        if self.layer_number - 1 in self.board.silenced:
+            # What silence amounts to, so that every layer has weights on the board.
+            all_null_SBJ = hidden_SBD.new_zeros(*hidden_SBD.shape[:2], self.router_JD.size(0))
+            all_null_SBJ[..., -1] = 1
+            self.board.record_alpha(self.layer_number - 1, all_null_SBJ)
             return self._forward_mlp(hidden_SBD), packed
         return self._forward_feed_forward(hidden_SBD, self.router_JD, packed), packed
 

@@ -11,6 +11,7 @@ import resource
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 
 from tide_mega.config.errors import ConfigError
@@ -44,6 +45,12 @@ class Device:
         if self.is_cuda:
             return torch.cuda.is_bf16_supported(including_emulation=False)
         return bool(_cpu_flags() & {"amx_bf16", "avx512_bf16"})
+
+    def memory_bytes(self) -> int:
+        """Memory this process holds now: allocated on the GPU, or resident on CPU."""
+        if self.is_cuda:
+            return torch.cuda.memory_allocated(self.torch_device)
+        return psutil.Process().memory_info().rss
 
     def peak_memory_bytes(self) -> int:
         """Most memory this process has held: allocated on the GPU, or resident on CPU."""

@@ -18,6 +18,7 @@ import deepspeed
 
 from tide_mega.config.schema import OptimConfig
 from tide_mega.parallel.device import Device, detect_libraries
+from tide_mega.parallel.gradient_ranges import GradientRange, gradient_ranges
 from tide_mega.parallel.gradients import GradientAccumulator
 from tide_mega.parallel.groups import Mpu, ParallelGroups
 from tide_mega.parallel.optimizer_state import OptimizerState
@@ -120,18 +121,14 @@ class Engine:
             yield
             self._accumulator.finish()
 
-    def group_grad_norm(self, name: str) -> float:
-        """Norm of one parameter group's reduced gradient before clipping; after `accumulate`, before `step`."""
-        optimizer = self._engine.optimizer
-        if not hasattr(optimizer, "get_grad_norm_direct") or self.options.zero_stage == 3:
-            return math.nan
-        for index, group in enumerate(self.parameter_groups):
-            if group.name == name:
-                norm = optimizer.get_grad_norm_direct(
-                    optimizer.averaged_gradients[index], optimizer.params_in_partition[index]
-                )
-                return float(norm)
-        return 0.0
+    def gradient_ranges(self, name: str) -> list[GradientRange]:
+        """Return this rank's ranges of one parameter group's reduced gradient before clipping.
+
+        After `accumulate`, before `step`.
+        """
+        parameters = [p for group in self.parameter_groups if group.name == name for p in group.parameters]
+        stage, rank = self.options.zero_stage, self.groups.data_rank
+        return list(gradient_ranges(self._engine.optimizer, parameters, stage, rank))
 
     def is_gradient_finite(self) -> torch.Tensor:
         """Whether this process's share of the reduced gradient is finite: 0-d bool on the device, nothing waits.

@@ -85,9 +85,14 @@ class TrainedModel:
         """L."""
         return self.config.model.num_layers
 
-    def score(self, batches: list[TokenBatch]) -> list[EvaluatedBatch]:
-        """Score every label of microbatches of the same shape; collective over a replica."""
-        return evaluate_batches(self.stage, [self._here(batch) for batch in batches])
+    def score(self, batches: list[TokenBatch], *, keep_alpha: bool = False) -> list[EvaluatedBatch]:
+        """Score every label of microbatches of the same shape; collective over a replica.
+
+        `keep_alpha` keeps all router weights; in one process alone.
+        """
+        if keep_alpha:
+            self._refuse_parallel()
+        return evaluate_batches(self.stage, [self._here(batch) for batch in batches], keep_alpha=keep_alpha)
 
     @contextmanager
     def silenced(self, *layers: int) -> Iterator[None]:

@@ -51,23 +51,31 @@ class StoredWeights:
         stored = whole.shapes(self.path).items()
         return {name.removeprefix("master/"): shape for name, shape in stored if name.startswith("master/")}
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a weight's shape.
+
+        Raises:
+            CheckpointError: there is no such weight.
+        """
+        if name not in self.shapes:
+            raise CheckpointError(f"{self.path} has no {name}: it has {', '.join(sorted(self.shapes))}")
+        return self.shapes[name]
+
     def rows(self, name: str, first: int, last: int) -> Tensor:
         """Read rows first..last of a weight, fp32.
 
         Raises:
             CheckpointError: there is no such weight, or a file cannot be read.
         """
-        if name not in self.shapes:
-            raise CheckpointError(f"{self.path} has no {name}: it has {', '.join(sorted(self.shapes))}")
-        return whole.rows(self.path, f"master/{name}", self.shapes[name], first, last)
+        return whole.rows(self.path, f"master/{name}", self.shape(name), first, last)
 
     def tensor(self, name: str) -> Tensor:
         """Read a whole weight, fp32; see `rows`."""
-        return self.rows(name, 0, self.shapes[name][0] if name in self.shapes else 0)
+        return self.rows(name, 0, self.shape(name)[0])
 
     def chunks(self, name: str) -> Iterator[tuple[int, Tensor]]:
         """Yield (first row, rows) of a weight, some 128 MB at a time."""
-        total, *columns = self.shapes.get(name, (0,))
+        total, *columns = self.shape(name)
         rows = max(1, CHUNK_ELEMENTS // max(1, int(np.prod(columns))))
         for first in range(0, total, rows):
             yield first, self.rows(name, first, min(first + rows, total))
@@ -151,7 +159,8 @@ class TrainedRun:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The dataset's."""
-        return load_tokenizer(self.data / DatasetIndex.load(self.data).tokenizer.file)
+        index = DatasetIndex.load(self.data)
+        return load_tokenizer(self.data / index.tokenizer.file, index.options.get("eos_token"))
 
     @cached_property
     def deciles(self) -> DecileTable:

@@ -10,8 +10,7 @@ from tide_mega.config.schema import TideConfig
 from tide_mega.data.batch import TokenBatch
 from tide_mega.data.loader import TrainBatches, train_batches
 from tide_mega.data.stream import TokenStream
-from tide_mega.memory.meter import TrafficMeter
-from tide_mega.parallel.groups import ParallelGroups
+from tide_mega.model.stage import TideStage
 
 
 class StepBatches:
@@ -21,14 +20,14 @@ class StepBatches:
         self,
         config: TideConfig,
         stream: TokenStream,
-        groups: ParallelGroups,
+        stage: TideStage,
         device: torch.device,
-        meter: TrafficMeter,
         *,
         first_sample: int,
         accumulation: int,
     ) -> None:
-        self.groups, self.device, self.meter = groups, device, meter
+        groups = stage.groups
+        self.groups, self.device, self.meter = groups, device, stage.meter
         self.shape = (2, accumulation, config.trainer.micro_batch_size, config.data.seq_length)
         self._source: TrainBatches | None = None
         if groups.model.rank() == 0:

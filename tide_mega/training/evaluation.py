@@ -1,24 +1,49 @@
-"""Held-out loss per frequency decile, and the null bank's weight per layer and decile."""
+"""Held-out loss per frequency decile, the null bank's weight per layer and decile, perplexity on texts."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from tide_mega.config.schema import TideConfig
 from tide_mega.data.batch import IGNORE_LABEL, TokenBatch
+from tide_mega.data.index import DatasetIndex
 from tide_mega.data.loader import validation_batches
 from tide_mega.data.stream import TokenStream
+from tide_mega.data.texts import TextSet, load_texts
+from tide_mega.data.tokenizer import load_tokenizer
 from tide_mega.metrics.deciles import DecileLoss, NullWeight
-from tide_mega.metrics.records import EvalRecord
-from tide_mega.model.passes import evaluate_batches
+from tide_mega.metrics.records import EvalRecord, TextResult
+from tide_mega.model.passes import EvaluatedBatch, evaluate_batches
 from tide_mega.model.stage import TideStage
 from tide_mega.parallel.groups import ParallelGroups, sum_over
 
 
+def open_texts(config: TideConfig) -> list[TextSet]:
+    """Read and tokenise `data.perplexity_texts`.
+
+    Raises:
+        ConfigError: one is not there, or two have the same name.
+        DataError: one cannot be read or is too short.
+    """
+    if not config.data.perplexity_texts:
+        return []
+    folder = Path(config.data.path)
+    index = DatasetIndex.load(folder)
+    tokenizer = load_tokenizer(folder / index.tokenizer.file, index.options.get("eos_token"))
+    return load_texts(
+        config.data.perplexity_texts,
+        tokenizer,
+        max_tokens=config.data.perplexity_tokens,
+        key="data.perplexity_texts",
+        vocab_size=config.model.vocab_size,
+    )
+
+
 class Evaluator:
-    """Evaluates the same held-out sequences each time; every method is collective."""
+    """Evaluates the same held-out sequences and texts each time; every method is collective."""
 
     def __init__(
         self,
@@ -27,8 +52,10 @@ class Evaluator:
         held_out: TokenStream,
         bins_V: Tensor,
         groups: ParallelGroups,
+        texts: Sequence[TextSet] = (),
     ) -> None:
         self.config, self.stage, self.held_out, self.groups = config, stage, held_out, groups
+        self.texts = texts
         layers = config.model.num_layers if config.memory.num_blocks else 0
         self.deciles, self.null_weights = DecileLoss(bins_V), NullWeight(layers, bins_V)
         self.device: torch.device = bins_V.device
@@ -39,7 +66,7 @@ class Evaluator:
         """Evaluate after `step` steps and `tokens` training tokens; `on_progress` hears of each few batches."""
         self.deciles.reset()
         self.null_weights.reset()
-        batches = validation_batches(
+        held_out = validation_batches(
             self.held_out,
             seed=self.config.data.seed,
             sequences=self.config.trainer.eval_sequences,
@@ -47,20 +74,38 @@ class Evaluator:
             dp_rank=self.groups.data_rank,
             dp_size=self.groups.data_size,
         )
+        for result in self._scored(held_out, on_progress):
+            self.null_weights.update(result.null_weight_LBT, result.tokens_BT, result.labels_BT)
+        deciles = self.deciles.reduce(self._over_replicas)
+        null_weights = self.null_weights.reduce(self._over_replicas)
+        texts = {text.name: self._score_text(text, on_progress) for text in self.texts}
+        return EvalRecord.of(step, tokens, deciles, null_weights, texts)
+
+    def _score_text(self, text: TextSet, on_progress: Callable[[], None]) -> TextResult:
+        self.deciles.reset()
+        batches = text.batches(
+            self.config.data.seq_length,
+            self.config.trainer.micro_batch_size,
+            dp_rank=self.groups.data_rank,
+            dp_size=self.groups.data_size,
+        )
+        for _ in self._scored(batches, on_progress):
+            pass
+        return TextResult.of(self.deciles.reduce(self._over_replicas), text.num_bytes)
+
+    def _scored(
+        self, batches: Iterator[TokenBatch], on_progress: Callable[[], None]
+    ) -> Iterator[EvaluatedBatch]:
+        """Yield results, added to the sums by decile; only the last pipeline stage has any."""
         for group in self._groups_of(batches):
             on_progress()
             for result in evaluate_batches(self.stage, group):
-                if result.cross_entropy_BT is None:  # not the last stage: its sums stay 0
-                    continue
-                self.deciles.update(result.cross_entropy_BT, result.labels_BT)
-                self.null_weights.update(result.null_weight_LBT, result.tokens_BT, result.labels_BT)
+                if result.cross_entropy_BT is not None:
+                    self.deciles.update(result.cross_entropy_BT, result.labels_BT)
+                    yield result
 
-        def over_replicas(tensor: Tensor) -> Tensor:
-            return sum_over(self.groups.pipeline, sum_over(self.groups.data, tensor))
-
-        return EvalRecord.of(
-            step, tokens, self.deciles.reduce(over_replicas), self.null_weights.reduce(over_replicas)
-        )
+    def _over_replicas(self, tensor: Tensor) -> Tensor:
+        return sum_over(self.groups.pipeline, sum_over(self.groups.data, tensor))
 
     def _groups_of(self, batches: Iterator[TokenBatch]) -> Iterator[list[TokenBatch]]:
         """Take microbatches one by one, or one for each stage, the last group filled up with unlabelled ones."""

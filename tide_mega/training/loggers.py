@@ -2,10 +2,19 @@
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from types import TracebackType
 from typing import Protocol
 
+from tide_mega.checkpoint import TrainingState
+from tide_mega.config.schema import TideConfig
+from tide_mega.config.validate import total_steps
+from tide_mega.metrics.jsonl import JsonlLogger
+from tide_mega.metrics.live_records import LiveRecord, WeightsRecord
 from tide_mega.metrics.records import EvalRecord, EventRecord, TrainRecord
+from tide_mega.training.progress import Progress
+from tide_mega.training.runfolder import RunFolder
+from tide_mega.training.wandb_logger import WandbLogger
 
 
 class MetricsLogger(Protocol):
@@ -16,6 +25,12 @@ class MetricsLogger(Protocol):
 
     def log_eval(self, record: EvalRecord) -> None:
         """Take the record of an evaluation."""
+
+    def log_live(self, record: LiveRecord) -> None:
+        """Take what the tokens of a window of training steps say."""
+
+    def log_weights(self, record: WeightsRecord) -> None:
+        """Take what the weights look like at an evaluation."""
 
     def log_event(self, record: EventRecord) -> None:
         """Take the record of a step that was not as it should be."""
@@ -43,6 +58,16 @@ class Loggers:
         for logger in self._loggers:
             logger.log_eval(record)
 
+    def log_live(self, record: LiveRecord) -> None:
+        """Log what the tokens of a window of training steps say."""
+        for logger in self._loggers:
+            logger.log_live(record)
+
+    def log_weights(self, record: WeightsRecord) -> None:
+        """Log what the weights look like at an evaluation."""
+        for logger in self._loggers:
+            logger.log_weights(record)
+
     def log_event(self, record: EventRecord) -> None:
         """Log a step that was not as it should be."""
         for logger in self._loggers:
@@ -66,3 +91,17 @@ class Loggers:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def open_loggers(config: TideConfig, folder: RunFolder, state: TrainingState) -> Loggers:
+    """Open metrics.jsonl, the console and W&B where the run stands; keeps W&B's identity in folder and state."""
+    known = (folder.read_wandb_id() if config.checkpoint.resume else None) or state.wandb_run_id
+    wandb_logger = WandbLogger(
+        config.logging, folder.path, name=config.run.name, run_config=asdict(config), run_id=known
+    )
+    state.wandb_run_id = wandb_logger.run_id
+    folder.write_wandb_id(wandb_logger.run_id)
+    resumed, tokens = state.step or None, state.samples * config.data.seq_length
+    return Loggers(
+        [JsonlLogger(folder.metrics, resumed, tokens), Progress(total_steps(config)), wandb_logger]
+    )

@@ -3,6 +3,7 @@
 import sys
 from typing import TextIO
 
+from tide_mega.metrics.live_records import LiveRecord, WeightsRecord
 from tide_mega.metrics.records import EvalRecord, EventRecord, TrainRecord
 
 
@@ -19,8 +20,14 @@ class Progress:
         self._print(format_train(record, self._total_steps))
 
     def log_eval(self, record: EvalRecord) -> None:
-        """Print the held-out loss, whole and by rarity."""
+        """Print the held-out loss, whole and by rarity, and the perplexity on texts."""
         self._print(format_eval(record, self._total_steps))
+
+    def log_live(self, record: LiveRecord) -> None:
+        """Nothing: too much for a line."""
+
+    def log_weights(self, record: WeightsRecord) -> None:
+        """Nothing: too much for a line."""
 
     def log_event(self, record: EventRecord) -> None:
         """Nothing: the log has a warning of it."""
@@ -68,9 +75,11 @@ def format_eval(record: EvalRecord, total_steps: int) -> str:
     losses = (("loss", record.loss), ("rare", record.rare), ("mid", record.mid), ("common", record.common))
     parts = [f"{name} {'-' if loss is None else f'{loss:.4f}'}" for name, loss in losses]
     held_out = sum(record.count_by_bin.values())
-    return " | ".join(
-        [_step(record.step, total_steps), "held-out " + parts[0], *parts[1:], f"{held_out:,} tokens"]
-    )
+    parts = ["held-out " + parts[0], *parts[1:], f"{held_out:,} tokens"]
+    if record.texts:
+        texts = (f"{name} {text.perplexity:.2f}" for name, text in record.texts.items())
+        parts.append("perplexity " + ", ".join(texts))
+    return " | ".join([_step(record.step, total_steps), *parts])
 
 
 def format_count(value: float) -> str:

@@ -24,7 +24,10 @@ _FIXED_SECTIONS = ("model", "memory", "data", "optim")
 """Sections that a run keeps from its start to its end."""
 _WANDB_ID, _FINISHED = "wandb_run_id", "finished.json"
 _FREE_KEYS = frozenset(
-    {"data.num_workers", "data.verify", "memory.owners", "memory.window", "memory.exchange_ahead"}
+    {
+        *("data.num_workers", "data.verify", "data.perplexity_texts", "data.perplexity_tokens"),
+        *("memory.owners", "memory.window", "memory.exchange_ahead"),
+    }
 )
 """Keys in them that change nothing of what is trained."""
 

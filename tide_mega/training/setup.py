@@ -3,8 +3,10 @@
 import logging
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from tide_mega.checkpoint import Checkpointer, Identity
 from tide_mega.config.errors import ConfigError
 from tide_mega.config.schema import TideConfig
 from tide_mega.config.sizes import count_parameters
@@ -18,6 +20,7 @@ from tide_mega.parallel.engine import Engine, EngineOptions, optimizer_name
 from tide_mega.parallel.groups import ParallelGroups
 from tide_mega.training.optimizer import parameter_groups
 from tide_mega.training.peak import describe_peak, peak_tflops
+from tide_mega.training.runfolder import RunFolder
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +76,15 @@ def decile_bins(config: TideConfig) -> Tensor:
     known = torch.from_numpy(DecileTable.load(config.data.path).bin_of_type)
     bins_V[: known.numel()] = known
     return bins_V
+
+
+def open_checkpoints(
+    config: TideConfig, folder: RunFolder, engine: Engine, stream: TokenStream, bins_V: Tensor
+) -> Checkpointer:
+    """Open the run folder's checkpoints, for this model, data and deciles [V] alone; collective."""
+    bins = bins_V.cpu().numpy().tobytes()
+    identity = Identity.of(config, stream.fingerprint, bins, dist.get_world_size())
+    return Checkpointer(folder.checkpoints, engine, config.model, config.checkpoint, identity)
 
 
 def device_peak(config: TideConfig, device: Device, *, is_quiet: bool) -> float | None:

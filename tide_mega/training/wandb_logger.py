@@ -1,7 +1,6 @@
 """The one door to Weights & Biases. Trouble there is logged once and never stops training."""
 
 import logging
-import math
 import netrc
 import os
 from pathlib import Path
@@ -11,7 +10,14 @@ from urllib.parse import urlsplit
 import wandb
 
 from tide_mega.config.schema import LoggingConfig
-from tide_mega.metrics.deciles import BySlot
+from tide_mega.metrics.live_records import LiveRecord, WeightsRecord
+from tide_mega.metrics.names import (
+    eval_metrics,
+    event_metrics,
+    live_metrics,
+    train_metrics,
+    weights_metrics,
+)
 from tide_mega.metrics.records import EvalRecord, EventRecord, TrainRecord
 
 log = logging.getLogger(__name__)
@@ -55,6 +61,14 @@ class WandbLogger:
     def log_eval(self, record: EvalRecord) -> None:
         """Log an evaluation."""
         self._log(eval_metrics(record))
+
+    def log_live(self, record: LiveRecord) -> None:
+        """Log what the tokens of a window of training steps say."""
+        self._log(live_metrics(record))
+
+    def log_weights(self, record: WeightsRecord) -> None:
+        """Log what the weights look like at an evaluation."""
+        self._log(weights_metrics(record))
 
     def log_event(self, record: EventRecord) -> None:
         """Log a step that was not as it should be."""
@@ -141,65 +155,3 @@ def has_login() -> bool:
         if any(machine == server or "wandb" in machine for machine in machines):
             return True
     return False
-
-
-def train_metrics(record: TrainRecord) -> dict[str, float]:
-    """The W&B names and values of a training record; what is None is left out."""
-    named = {
-        "step": record.step,
-        "tokens": record.tokens,
-        "train/loss": record.loss,
-        "train/z_loss": record.z_loss,
-        "train/grad_norm": record.grad_norm,
-        "train/grad_norm_tables": record.grad_norm_tables,
-        "lr": record.lr,
-        "throughput/tokens_per_second": record.tokens_per_second,
-        "throughput/mfu": record.mfu,
-        "throughput/step_seconds": record.step_seconds,
-        "throughput/goodput": record.goodput,
-        "faults/skipped_steps": record.skipped_steps,
-        "faults/spikes": record.spikes,
-        "faults/rollbacks": record.rollbacks,
-        "faults/slowest_ratio": record.slowest_ratio,
-        **_by_layer("null_weight", record.null_weight_by_layer),
-    }
-    for kind, moved in record.traffic.items():
-        named |= {f"traffic/{kind.replace(' ', '_')}_{way}": count for way, count in moved.items()}
-    return _without_none(named)
-
-
-def eval_metrics(record: EvalRecord) -> dict[str, float]:
-    """The W&B names and values of an evaluation; what is None is left out."""
-    named = {
-        "step": record.step,
-        "tokens": record.tokens,
-        "eval/loss": record.loss,
-        "loss/rare": record.rare,
-        "loss/mid": record.mid,
-        "loss/common": record.common,
-        **{f"loss_by_decile/{slot}": loss for slot, loss in record.loss_by_bin.items()},
-        **_by_layer("null_weight_eval", record.null_weight_by_layer),
-    }
-    for which, by_slot in record.null_weight_by_bin.items():
-        named |= {f"null_weight_by_decile_{which}/{slot}": weight for slot, weight in by_slot.items()}
-    return _without_none(named)
-
-
-def event_metrics(record: EventRecord) -> dict[str, float]:
-    """The W&B names and values of an event; what is None, or no number, is left out."""
-    named = {
-        "step": record.step,
-        "tokens": record.tokens,
-        f"events/{record.event}": record.at_step,
-        "events/loss": record.loss if math.isfinite(record.loss) else None,
-        "events/z_score": record.z_score,
-    }
-    return _without_none(named)
-
-
-def _by_layer(prefix: str, weights: list[float | None]) -> BySlot:
-    return {f"{prefix}/layer_{layer:02d}": weight for layer, weight in enumerate(weights)}
-
-
-def _without_none(named: dict[str, Any]) -> dict[str, float]:
-    return {name: value for name, value in named.items() if value is not None}

@@ -1,0 +1,135 @@
+"""The comparison of hand-made results: which metric, means, errors, what is said of guessing."""
+
+import math
+
+import pytest
+
+from tide_mega.evaluation.compare import compare, format_cell, like_guessing
+from tide_mega.evaluation.results import Cell, Column, Key, Measured, Result, Score
+
+
+def result(task, scores, label="base", chance=0.25, examples=100, limit=None, constant=(), **counts):
+    measured = Measured(
+        {name: Score(*pair) for name, pair in scores.items()},
+        examples,
+        chance,
+        constant,
+        **{"requests": 4 * examples, "truncated": 0, "windowed": 0, "apart": 0, **counts},
+    )
+    key = Key(f"save of {label}", task, "hub", limit, "fp32", "lm_eval 0.4.13")
+    return Result(key, label, "somewhere", 10, 1000, 0, measured)
+
+
+def column(chance, examples=100, constant=()):
+    return Column("task", "Task", "acc", chance, constant, examples)
+
+
+ARC = {"acc": (0.30, 0.04), "acc_norm": (0.40, 0.03)}
+LAMBADA = {"perplexity": (12.5, 0.5), "acc": (0.5, 0.05)}
+
+
+def test_columns_are_the_papers_perplexity_first_then_normalised_accuracy_where_there_is_one():
+    table = compare(
+        [[result("arc_easy", ARC), result("lambada_openai", LAMBADA, chance=0.0)]], ["base"], {}, "acc_norm"
+    )
+    shown = [(c.title, c.metric, c.chance) for c in table.columns]
+    assert shown == [
+        ("LAMBADA PPL", "perplexity", None),
+        ("ARC-E", "acc_norm", 25.0),
+        ("LAMBADA", "acc", 0.0),
+    ]
+    assert table.cells == ((Cell(12.5, 0.5), Cell(40.0, 3.0), Cell(50.0, 5.0)),)
+
+
+def test_plain_accuracy_can_be_asked_for():
+    table = compare([[result("arc_easy", ARC)]], ["base"], {}, "acc")
+    assert [c.metric for c in table.columns] == ["acc"] and table.cells[0][0] == Cell(30.0, 4.0)
+
+
+def test_the_mean_is_over_accuracies_alone_with_the_error_of_independent_tasks():
+    results = [result("arc_easy", ARC), result("lambada_openai", LAMBADA, chance=0.0)]
+    table = compare([results], ["base"], {}, "acc_norm")
+    assert table.means == (Cell(45.0, pytest.approx(math.hypot(3.0, 5.0) / 2)),)
+    assert table.mean_chance == 12.5
+
+
+def test_no_accuracy_no_mean():
+    table = compare(
+        [[result("wiki", {"word_perplexity": (20.0, None)}, chance=None)]], ["base"], {}, "acc_norm"
+    )
+    assert table.means == (None,) and table.mean_chance is None and table.findings == ()
+
+
+@pytest.mark.parametrize(
+    ("value", "stderr", "chance", "constant", "said"),
+    [
+        (26.0, 1.0, 25.0, (), "chance 25.0 %"),
+        (40.0, 4.0, 25.0, (), None),
+        (33.9, 4.5, 25.0, (), "chance 25.0 %"),
+        (34.1, 4.5, 25.0, (), None),
+        (0.0, 0.0, 0.0, (), "chance 0.0 %"),  # LAMBADA: not one right
+        (100.0, 0.0, 50.0, (), None),
+        (10.0, 1.0, 50.0, (), "below chance 50.0 %"),
+        (62.0, 0.5, 50.0, (37.8, 62.2), "one answer given always 62.2 %"),
+        (90.0, 3.0, 50.0, (37.8, 62.2), None),
+        (60.0, None, None, (), None),
+    ],
+)
+def test_a_score_is_set_against_guessing(value, stderr, chance, constant, said):
+    assert like_guessing(column(chance, 100, constant), Cell(value, stderr)) == said
+
+
+def test_guessings_own_error_counts_where_a_score_has_none():
+    """Two of two right says nothing, although a score of 100 % has no error."""
+    assert like_guessing(column(50.0, 2), Cell(100.0, 0.0)) == "chance 50.0 %"
+    assert like_guessing(column(50.0, 200), Cell(100.0, 0.0)) is None
+
+
+def test_findings_name_the_scores_that_guessing_would_give():
+    near = {"acc": (0.26, 0.04), "acc_norm": (0.24, 0.04)}
+    base = [result("arc_easy", near), result("piqa", {"acc": (0.9, 0.01)}, chance=0.5)]
+    both_near = [result("arc_easy", near, "tide"), result("piqa", {"acc": (0.5, 0.05)}, "tide", chance=0.5)]
+    first, second, gap = compare([base, both_near], ["base", "tide"], {}, "acc_norm").findings
+    assert (
+        first.startswith("base: 1 of 2 accuracies are not better than guessing")
+        and "ARC-E 24.0 ± 4.0 %" in first
+    )
+    assert "PIQA" not in first
+    assert (
+        second.startswith("tide: no accuracy is better than guessing")
+        and "PIQA 50.0 ± 5.0 % (chance 50.0 %)" in second
+    )
+    assert gap.startswith("tide is on average 20.00 points below base (more than 2 standard errors")
+
+
+def test_a_small_difference_is_said_to_be_within_its_error():
+    runs = [[result("piqa", {"acc": (0.60, 0.02)}, label)] for label in ("base", "tide")]
+    (gap,) = compare(runs, ["base", "tide"], {}, "acc_norm").findings[-1:]
+    assert "0.00 points above base (within 2 standard errors of the difference, 2.83 each" in gap
+
+
+def test_notes_tell_what_was_cut_and_left_out():
+    runs = [
+        [result("boolq", {"acc": (0.9, 0.01)}, limit=100, truncated=7, windowed=windowed, apart=1)]
+        for windowed in (2, 0)
+    ]
+    notes = "\n".join(compare(runs, ["base", "tide"], {"sciq": "needs the hub"}, "acc_norm").notes)
+    assert "BoolQ: 7 of 400 requests lost the beginning of their context" in notes
+    assert notes.count("longest sequence (base, tide).") == 1 and "in windows (base)." in notes
+    assert (
+        "2 of 400 requests were longer than a sequence" in notes and "1 of 400 requests had context" in notes
+    )
+    assert "first 100 examples" in notes and "lm_eval 0.4.13, fp32" in notes
+
+
+@pytest.mark.parametrize(
+    ("cell", "text"),
+    [
+        (Cell(25.44, 0.93), "25.4 ± 0.9"),
+        (Cell(25.44, None), "25.4"),
+        (Cell(12345.6, 78.9), "12,346 ± 79"),
+        (Cell(1.677e9, 1.64e8), "1.7e+09 ± 1.6e+08"),
+    ],
+)
+def test_cells_are_short(cell, text):
+    assert format_cell(cell) == text

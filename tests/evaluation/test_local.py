@@ -1,0 +1,64 @@
+"""JSONL files are checked before they are used, and tasks without one are named."""
+
+import json
+
+import pytest
+
+from tide_mega.config.errors import ConfigError
+from tide_mega.evaluation.local import DEFINITIONS, FILES, find_files
+
+GOOD = {"query": "Question: two?", "choices": ["a", "b"], "gold": 1}
+
+
+def write(folder, name, *examples):
+    lines = [example if isinstance(example, str) else json.dumps(example) for example in examples]
+    (folder / name).write_text("\n".join(lines) + "\n")
+
+
+def test_files_are_found_and_the_others_named_with_what_they_need(tmp_path):
+    write(tmp_path, "arc_easy.jsonl", GOOD, "")
+    write(tmp_path, "lambada_openai.jsonl", {"context": "", "continuation": "word"})
+    files, absent = find_files(tmp_path, ["arc_easy", "piqa", "sciq", "lambada_openai"])
+    assert files == {name: tmp_path / f"{name}.jsonl" for name in ("arc_easy", "lambada_openai")}
+    assert absent == {
+        "piqa": "needs the hub, or piqa.jsonl in the folder of local=",
+        "sciq": "needs the hub: it has no local version (leave out local=)",
+    }
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("{", "line 2 is not JSON"),
+        ("[]", "line 2 is not an object"),
+        ({**GOOD, "query": 3}, "line 2 has no text under 'query'"),
+        ({**GOOD, "choices": "ab"}, "line 2 has no list of texts under 'choices'"),
+        ({**GOOD, "choices": []}, "line 2 has no list of texts under 'choices'"),
+        ({**GOOD, "gold": 2}, "line 2 has gold=2, which is no index of its 2 choices"),
+        ({**GOOD, "gold": True}, "line 2 has gold=True"),
+        ({**GOOD, "gold": "b"}, "line 2 has gold='b'"),
+    ],
+)
+def test_a_line_that_is_no_example_is_named(tmp_path, line, problem):
+    write(tmp_path, "piqa.jsonl", GOOD, line)
+    with pytest.raises(ConfigError) as caught:
+        find_files(tmp_path, ["piqa"])
+    assert f"piqa.jsonl {problem}" in str(caught.value)
+
+
+def test_an_open_task_needs_a_continuation(tmp_path):
+    write(tmp_path, "lambada_openai.jsonl", {"context": "a", "continuation": ""})
+    with pytest.raises(ConfigError, match="line 1 has an empty continuation"):
+        find_files(tmp_path, ["lambada_openai"])
+
+
+def test_an_empty_file_and_no_folder_are_refused(tmp_path):
+    write(tmp_path, "boolq.jsonl", "")
+    with pytest.raises(ConfigError, match="has no example"):
+        find_files(tmp_path, ["boolq"])
+    with pytest.raises(ConfigError, match="is not a folder"):
+        find_files(tmp_path / "boolq.jsonl", ["boolq"])
+
+
+def test_every_local_task_has_its_definition():
+    assert {path.stem for path in DEFINITIONS.glob("*.yaml")} == set(FILES)

@@ -1,0 +1,55 @@
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tide_mega.data.batch import TokenBatch
+from tide_mega.training.live.null_weights import StepNullWeights
+
+BINS = torch.tensor([0, 0, 9, -1], dtype=torch.int8)
+"""Types 0 and 1 in the rarest decile, 2 in the commonest, 3 dropped."""
+
+
+class Alone:
+    def size(self):
+        return 1
+
+
+def stage_with(null_LBT, num_blocks=2):
+    return SimpleNamespace(
+        num_layers=2,
+        num_blocks=num_blocks,
+        board=SimpleNamespace(alpha_L=None),
+        groups=SimpleNamespace(data=Alone()),
+        null_weights=lambda: null_LBT,
+    )
+
+
+def test_each_layer_has_its_mean_by_the_decile_of_the_token_itself():
+    tokens = [torch.tensor([[0, 1]]), torch.tensor([[2, 3], [0, 2]])]
+    first_BT = torch.tensor([[0.5, 0.25], [0.75, 0.125], [0.75, 0.25]])
+    stage = stage_with(torch.stack([first_BT, first_BT / 2]))
+    null = StepNullWeights(stage, BINS)
+    null.record(True)
+    assert stage.board.alpha_L == {}
+    # Labels are of other types, and the last is unlabelled: neither counts.
+    result = null.read([TokenBatch(t, torch.full_like(t, -1)) for t in tokens])
+    assert stage.board.alpha_L is None
+    rarest = {slot: weight for slot, weight in result.by_layer_and_bin[0].items() if weight is not None}
+    assert rarest == {"0": 0.5, "9": 0.5, "dropped": 0.125}
+    assert result.by_layer_and_bin[1]["0"] == 0.25
+    assert result.by_layer == pytest.approx([2.625 / 6, 2.625 / 12])
+
+
+def test_a_step_that_is_not_logged_records_nothing():
+    stage = stage_with(torch.zeros(2, 1, 1))
+    StepNullWeights(stage, BINS).record(False)
+    assert stage.board.alpha_L is None
+
+
+def test_without_memory_there_is_nothing_to_read():
+    stage = stage_with(None, num_blocks=0)
+    null = StepNullWeights(stage, BINS)
+    null.record(True)
+    assert stage.board.alpha_L is None
+    assert null.read([]).by_layer_and_bin == []

@@ -1,0 +1,98 @@
+"""What one run logged, by W&B name, as it stands after resumes and rollbacks."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tide_mega.dashboard.panel import AXES
+
+Row = dict[str, float]
+"""A record as it is logged: `step`, `tokens` and metrics."""
+
+
+@dataclass(frozen=True)
+class Series:
+    """One metric of a run; arrays of the same length, in the order logged."""
+
+    step: NDArray[np.int64]
+    tokens: NDArray[np.int64]
+    value: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class RunHistory:
+    """A run that was read."""
+
+    label: str
+    source: str
+    """The file or folder it was read from."""
+    rows: list[Row]
+    notes: list[str] = field(default_factory=list)
+    """What is not in `rows`, and why; what was damaged."""
+
+    def names(self) -> list[str]:
+        """Return the metrics, sorted."""
+        return sorted(self._rows_with)
+
+    def series(self, name: str) -> Series:
+        """Return one metric; it is empty where the run has none of it."""
+        rows = self._rows_with.get(name, [])
+        return Series(
+            np.array([row["step"] for row in rows], np.int64),
+            np.array([row["tokens"] for row in rows], np.int64),
+            np.array([row[name] for row in rows], np.float64),
+        )
+
+    @cached_property
+    def _rows_with(self) -> dict[str, list[Row]]:
+        found: dict[str, list[Row]] = {}
+        for row in self.rows:
+            for name in row:
+                if name not in AXES:
+                    found.setdefault(name, []).append(row)
+        return found
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether the model has routers, so null weights."""
+        return any(name.startswith("null_weight") for name in self.names())
+
+
+def standing(rows: Iterable[Row]) -> tuple[list[Row], int]:
+    """Drop rows that a run went back behind and logged again; return the others and how many were dropped.
+
+    As metrics.jsonl does it: a row of an earlier step removes those of later steps, as after a rollback; a row of
+    fewer tokens removes later events, as after a resume.
+    """
+    kept: list[Row] = []
+    dropped = 0
+    for row in rows:
+        before = len(kept)
+        if any(not _precedes(earlier, row) for earlier in _tail(kept, row)):
+            kept = [earlier for earlier in kept if _precedes(earlier, row)]
+        dropped += before - len(kept)
+        kept.append(row)
+    return kept, dropped
+
+
+def _tail(kept: list[Row], row: Row) -> Iterable[Row]:
+    """The rows that could stand after `row`: those since steps and tokens were both behind it."""
+    for earlier in reversed(kept):
+        if earlier["step"] < row["step"] and earlier["tokens"] < row["tokens"] and not _is_event(earlier):
+            return
+        yield earlier
+
+
+def _precedes(earlier: Row, row: Row) -> bool:
+    if _is_event(earlier):
+        return earlier["tokens"] <= row["tokens"]
+    if earlier["step"] == row["step"]:
+        return _is_event(row) or not (earlier.keys() & row.keys()) - set(AXES)
+    return earlier["step"] < row["step"]
+
+
+def _is_event(row: Row) -> bool:
+    return any(name.startswith("events/") for name in row)

@@ -1,0 +1,192 @@
+"""A text file as batches in which every token but the first is predicted once.
+
+Window i holds the tokens i T … (i + 1) T, so neighbours share one token, and a token's context is what stands
+before it in its window. Shapes: N tokens, B sequences, T tokens of a sequence.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from tide_mega.config.errors import ConfigError
+from tide_mega.data.batch import IGNORE_LABEL, TokenBatch
+from tide_mega.data.documents import BadRecord, read_piece
+from tide_mega.data.errors import DataError
+from tide_mega.data.inputs import InputFile, Kind
+from tide_mega.data.tokenizer import Tokenizer
+from tide_mega.data.units import Piece
+
+TEXT_KEY = "text"
+"""Of a JSON line's document."""
+_JSONL: dict[str, Kind] = {".jsonl.zst": "jsonl.zst", ".jsonl": "jsonl"}
+_CHARACTERS_PER_TOKEN, _MARGIN_TOKENS = 8, 64
+
+
+def text_name(path: Path | str) -> str:
+    """Return what results of a text file are called: its name without suffix."""
+    name = Path(path).name
+    for suffix in _JSONL:
+        if name.lower().endswith(suffix):
+            return name[: -len(suffix)]
+    return Path(path).stem
+
+
+@dataclass(frozen=True)
+class TextSet:
+    """A tokenised text."""
+
+    name: str
+    ids_N: NDArray[np.int64]
+    num_bytes: int
+    """UTF-8 bytes of the tokens after the first, which are the ones predicted."""
+    eos_id: int
+
+    @classmethod
+    def load(
+        cls, path: Path | str, tokenizer: Tokenizer, *, max_tokens: int = 0, vocab_size: int | None = None
+    ) -> "TextSet":
+        """Read a UTF-8 text as one document, or .jsonl and .jsonl.zst (key `text`) as documents with EOS between.
+
+        Args:
+            path: the file.
+            tokenizer: the model's.
+            max_tokens: tokens taken from the beginning; 0 takes all.
+            vocab_size: the model's, if the ids are to be checked.
+
+        Raises:
+            ConfigError: there is no such file.
+            DataError: it is not such a text, has fewer than two tokens, or ids the model does not have.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise ConfigError(f"the text {path} is not a file: give one that is, or leave it out.")
+        ids: list[NDArray[np.int64]] = [np.empty(0, np.int64)]
+        widths: list[NDArray[np.float64]] = [np.empty(0)]
+        count = 0
+        for text in _documents(path):
+            if count > 0:
+                ids.append(np.array([tokenizer.eos_id], np.int64))
+                widths.append(np.zeros(1))
+            ids_of_text, widths_of_text = _encode(text, tokenizer, max_tokens - count if max_tokens else None)
+            ids.append(ids_of_text)
+            widths.append(widths_of_text)
+            count += len(ids[-1]) + (count > 0)
+            if 0 < max_tokens <= count:
+                break
+        ids_N = np.concatenate(ids)[: max_tokens or None]
+        widths_N = np.concatenate(widths)[: max_tokens or None]
+        if len(ids_N) < 2:
+            raise DataError(
+                f"the text {path} comes to {len(ids_N)} tokens, and one prediction needs two: give more text."
+            )
+        if vocab_size is not None and (largest := int(ids_N.max())) >= vocab_size:
+            raise DataError(
+                f"the text {path} has token id {largest}, and the model's vocabulary has {vocab_size}: "
+                "give the tokenizer that the model was trained with."
+            )
+        return cls(text_name(path), ids_N, round(float(widths_N[1:].sum())), tokenizer.eos_id)
+
+    @property
+    def num_scored(self) -> int:
+        """Tokens predicted: all but the first."""
+        return len(self.ids_N) - 1
+
+    def batches(
+        self, seq_length: int, micro_batch_size: int, *, dp_rank: int = 0, dp_size: int = 1
+    ) -> Iterator[TokenBatch]:
+        """Yield the microbatches [B, T] of one data-parallel rank, each window in exactly one over all ranks.
+
+        Every rank gets the same number; the last window's end and the rows beyond it are EOS without labels.
+        """
+        windows = -(-self.num_scored // seq_length)
+        rows = dp_size * micro_batch_size
+        for start in range(0, -(-windows // rows) * rows, rows):
+            first = start + dp_rank * micro_batch_size
+            shape = (micro_batch_size, seq_length)
+            tokens_BT = torch.full(shape, self.eos_id, dtype=torch.int64)
+            labels_BT = torch.full(shape, IGNORE_LABEL, dtype=torch.int64)
+            for row, i in enumerate(range(first, min(first + micro_batch_size, windows))):
+                window = torch.from_numpy(self.ids_N[i * seq_length : (i + 1) * seq_length + 1])
+                tokens_BT[row, : len(window) - 1] = window[:-1]
+                labels_BT[row, : len(window) - 1] = window[1:]
+            yield TokenBatch(tokens_BT, labels_BT)
+
+
+def load_texts(
+    paths: Sequence[str], tokenizer: Tokenizer, *, max_tokens: int, key: str, vocab_size: int | None = None
+) -> list[TextSet]:
+    """Load the texts that the option `key` lists; see `TextSet.load`.
+
+    Raises:
+        ConfigError: as there, or two have the same name.
+        DataError: as there.
+    """
+    texts: dict[str, TextSet] = {}
+    for path in paths:
+        if not Path(path).is_file():
+            raise ConfigError(f"{key} has {path}, which is not a file: give one that is, or leave it out.")
+        text = TextSet.load(path, tokenizer, max_tokens=max_tokens, vocab_size=vocab_size)
+        if text.name in texts:
+            raise ConfigError(
+                f"{key} has two files called {text.name}, {path} the second, and results go by that name: "
+                "rename or leave out one."
+            )
+        texts[text.name] = text
+    return list(texts.values())
+
+
+def text_batches(
+    path: Path | str,
+    tokenizer: Tokenizer,
+    *,
+    seq_length: int,
+    micro_batch_size: int,
+    max_tokens: int = 0,
+    dp_rank: int = 0,
+    dp_size: int = 1,
+) -> Iterator[TokenBatch]:
+    """Yield a text file's microbatches: `TextSet.load`, then `batches`."""
+    text = TextSet.load(path, tokenizer, max_tokens=max_tokens)
+    return text.batches(seq_length, micro_batch_size, dp_rank=dp_rank, dp_size=dp_size)
+
+
+def _documents(path: Path) -> Iterator[str]:
+    """Documents with text."""
+    kinds = [kind for suffix, kind in _JSONL.items() if path.name.lower().endswith(suffix)]
+    kind: Kind = kinds[0] if kinds else "text"
+    status = path.stat()
+    file = InputFile(str(path), str(path), kind, status.st_size, status.st_mtime_ns)
+    for record in read_piece(Piece(file, 0, None, status.st_size), TEXT_KEY, lambda _: None):
+        if isinstance(record, BadRecord):
+            raise DataError(
+                f"the text {record.source} {record.reason}: give UTF-8 text, or JSON lines with a {TEXT_KEY!r}."
+            )
+        if record.text:
+            yield record.text
+
+
+def _encode(
+    text: str, tokenizer: Tokenizer, wanted: int | None
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Encode a text, or its beginning (a token's width depends on text soon after it, hence the margin).
+
+    Returns:
+        Ids, and the bytes of text that each stands for: exact with byte-level tokens, which spell the text; others
+        may leave characters out, which are then shared out in proportion.
+    """
+    length = len(text) if wanted is None else (wanted + _MARGIN_TOKENS) * _CHARACTERS_PER_TOKEN
+    while True:
+        begun = text[:length]
+        ids = tokenizer.encode_batch([begun])[0]
+        if length >= len(text) or wanted is None or len(ids) >= wanted + _MARGIN_TOKENS:
+            break
+        length *= 2
+    types, index = np.unique(ids, return_inverse=True)
+    spelled = np.array([len(tokenizer.token_bytes(int(i))) for i in types], np.float64)[index]
+    total = spelled.sum()
+    scale = len(begun.encode()) / total if total else 0.0
+    return ids, spelled * scale

@@ -1,0 +1,64 @@
+"""Zero-shot evaluation of checkpoints: the paper's Table 2, by lm-evaluation-harness.
+
+    python -m tide_mega.evaluate run=runs/demo_base,runs/demo_tide
+    python -m tide_mega.evaluate run=runs/demo_tide tasks=arc_easy,piqa local=<folder of JSONL files> limit=200
+    torchrun --nproc-per-node=8 -m tide_mega.evaluate run=runs/tide_8e_1b tensor=2 precision=bf16
+
+Prints a table with standard errors and chance, and leaves zero_shot.json, .csv, .txt and .png in `out`. Tasks
+whose data cannot be had are named and left out. Started again, it computes only what the JSON does not have.
+Needs `pip install 'tide_mega[eval]'`.
+"""
+
+import logging
+import os
+import sys
+from typing import Any
+
+from tide_mega.config.errors import ConfigError
+from tide_mega.config.hydra_door import EXIT_CONFIG, parse_tool_cli
+from tide_mega.evaluation.options import EvaluateOptions
+
+EXIT_ERROR = 1
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Evaluate; return the exit status."""
+    options: Any = parse_tool_cli(EvaluateOptions, arguments, doc=__doc__ or "")
+    # Imported late: `--help` and a wrong key should not wait for torch and megatron-core.
+    from tide_mega.evaluation.errors import EvaluationError
+    from tide_mega.evaluation.output import as_text
+    from tide_mega.evaluation.session import evaluate
+    from tide_mega.parallel.device import choose_device, set_threads
+    from tide_mega.parallel.groups import World, start_distributed, stop_distributed
+    from tide_mega.training.console import set_up_logging
+
+    set_up_logging()
+    world = World.from_environment()
+    try:
+        device = choose_device(options.device, world.local_rank)
+        set_threads(options.threads, world.local_size)
+        start_distributed(device, world, timeout_minutes=60)
+        comparison = evaluate(options, device)
+    except (ConfigError, EvaluationError) as error:
+        return _end(world.size, error, EXIT_CONFIG if isinstance(error, ConfigError) else EXIT_ERROR)
+    except Exception as error:
+        logging.getLogger(__name__).exception("the evaluation failed")
+        return _end(world.size, error, EXIT_ERROR)
+    stop_distributed()
+    if comparison is not None:
+        print(f"\n{as_text(comparison)}", flush=True)
+    return 0
+
+
+def _end(processes: int, error: Exception, status: int) -> int:
+    """Say why and end; among several processes at once, since the others may wait for this one."""
+    rank = os.environ.get("RANK", "0")
+    print(f"rank {rank}: {error}" if processes > 1 else error, file=sys.stderr, flush=True)
+    if processes > 1:
+        sys.stdout.flush()
+        os._exit(status)
+    return status
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,9 @@
+"""What can stop an evaluation."""
+
+
+class EvaluationError(RuntimeError):
+    """An evaluation that cannot go on; the message says why and on which rank."""
+
+
+class BrokenReplicaError(EvaluationError):
+    """A process failed while others of its replica may wait for it: it must end, and with it the job."""

@@ -1,0 +1,230 @@
+"""The one door to lm-evaluation-harness: its tasks, and its view of our models."""
+
+import contextlib
+import importlib.util
+import io
+import logging
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from tide_mega.config.errors import ConfigError
+from tide_mega.evaluation.errors import EvaluationError
+from tide_mega.evaluation.local import DEFINITIONS
+from tide_mega.evaluation.requests import TextScorer
+from tide_mega.evaluation.results import Measured, Score
+from tide_mega.evaluation.spans import Counts
+
+log = logging.getLogger(__name__)
+
+BOOTSTRAP = 1000
+"""Resamples for the standard error of perplexity; the accuracies' has a formula."""
+OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+_HUB = "https://huggingface.co"
+_HUB_SECONDS = 10.0
+
+
+def require() -> str:
+    """Return the harness's name and version.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ConfigError(
+            "lm-evaluation-harness is not installed: pip install 'tide_mega[eval]' (in a checkout: "
+            "pip install -c constraints.txt -e '.[eval]')."
+        )
+    return f"lm_eval {version('lm_eval')}"
+
+
+def hub_is_reachable() -> bool:
+    """Ask the hub (`HF_ENDPOINT`, through the environment's proxies) whether it is there."""
+    if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
+        return False
+    request = urllib.request.Request(os.environ.get("HF_ENDPOINT", _HUB), method="HEAD")
+    try:
+        with urllib.request.urlopen(request, timeout=_HUB_SECONDS):
+            return True
+    except urllib.error.HTTPError:
+        return True
+    except (OSError, ValueError):
+        return False
+
+
+class Tasks:
+    """Loaded tasks by name."""
+
+    def __init__(self, loaded: Mapping[str, Any]) -> None:
+        self._loaded = loaded
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._loaded
+
+    @property
+    def names(self) -> list[str]:
+        """Of the tasks."""
+        return list(self._loaded)
+
+    def measure(self, name: str, scorer: TextScorer, limit: int | None) -> Measured:
+        """Run a task's first `limit` examples (None: all), without examples in the prompt (zero-shot).
+
+        Raises:
+            EvaluationError: a replica failed, or the task asks what the model cannot do.
+        """
+        from lm_eval.evaluator import evaluate
+
+        task = self._loaded[name]
+        task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=0)
+        scorer.counts = Counts()
+        with _quiet():
+            found = evaluate(
+                lm=_adapter(scorer),
+                task_dict={"tasks": {name: task}, "groups": {}, "group_map": {}},
+                limit=limit,
+                bootstrap_iters=BOOTSTRAP,
+                log_samples=False,
+            )
+        values = found["results"][name]
+        examples = int(found["n-samples"][name]["effective"])
+        counts = scorer.counts
+        return Measured(
+            _scores(values),
+            examples,
+            *_guesses(task, examples),
+            requests=counts.requests,
+            truncated=counts.truncated,
+            windowed=counts.windowed,
+            apart=counts.apart,
+        )
+
+
+def load_local(files: Mapping[str, Path], cache: Path) -> Tasks:
+    """Load tasks from JSONL files; `cache` is a folder for the `datasets` library, needed while tasks are used."""
+    with _environment(OFFLINE):
+        from lm_eval.tasks import TaskManager
+
+    with _environment(OFFLINE), _quiet():
+        manager = TaskManager(include_path=str(DEFINITIONS), include_defaults=False)
+        loaded: dict[str, Any] = {}
+        for name, path in files.items():
+            data = {"data_files": {"test": str(path)}, "cache_dir": str(cache)}
+            definition = {**(manager.task_index[name].cfg or {}), "dataset_kwargs": data}
+            loaded |= manager.load([definition])["tasks"]
+    return Tasks(loaded)
+
+
+def load_from_hub(names: Sequence[str]) -> tuple[Tasks, dict[str, str]]:
+    """Load the harness's own tasks; also return why each of those that cannot be had is absent.
+
+    Without a way to the hub, tasks still come from the `datasets` library's cache.
+
+    Raises:
+        ConfigError: the harness has no task of a name.
+    """
+    reachable = hub_is_reachable()
+    if not reachable:
+        log.warning("the hub cannot be reached: only tasks that an earlier evaluation downloaded can be had")
+    loaded: dict[str, Any] = {}
+    absent: dict[str, str] = {}
+    mode = {} if reachable else OFFLINE
+    with _environment(mode):
+        from lm_eval.tasks import TaskManager
+
+    with _environment(mode), _quiet():
+        manager = TaskManager()
+        unknown = [name for name in names if name not in manager.all_subtasks]
+        if unknown:
+            raise ConfigError(f"tasks={unknown[0]} is no task of {require()}: `lm_eval ls tasks` lists them.")
+        for name in names:
+            try:
+                loaded |= manager.load([name])["tasks"]
+            except Exception as error:  # of many libraries: hub, datasets, file system, scripts
+                reason = str(error).strip().splitlines() or [""]
+                absent[name] = f"needs the hub ({type(error).__name__}: {reason[0][:200]})"
+    return Tasks(loaded), absent
+
+
+def _adapter(scorer: TextScorer) -> Any:
+    from lm_eval.api.model import LM
+
+    class TideModel(LM):
+        """Our model as the harness asks it; it sees one process, which speaks for all."""
+
+        def loglikelihood(self, requests: list[Any], **_: Any) -> list[tuple[float, bool]]:
+            return scorer.loglikelihood([request.args for request in requests])
+
+        def loglikelihood_rolling(self, requests: list[Any], **_: Any) -> list[float]:
+            return scorer.loglikelihood_rolling([request.args[0] for request in requests])
+
+        def generate_until(self, requests: list[Any], **_: Any) -> list[str]:
+            return scorer.generate([request.args for request in requests])
+
+    return TideModel()
+
+
+def _scores(values: Mapping[str, Any]) -> dict[str, Score]:
+    """`acc,none` and `acc_stderr,none` as acc: (value, stderr); a filter's name is kept where it is not none."""
+    scores = {}
+    for name, value in values.items():
+        metric, comma, chosen = name.partition(",")
+        if not comma or metric.endswith("_stderr"):
+            continue
+        stderr = values.get(f"{metric}_stderr,{chosen}")
+        key = metric if chosen == "none" else f"{metric} ({chosen})"
+        scores[key] = Score(float(value), float(stderr) if isinstance(stderr, int | float) else None)
+    if not scores:
+        raise EvaluationError(f"the harness gave no metric, only {', '.join(values)}")
+    return scores
+
+
+def _guesses(task: Any, examples: int) -> tuple[float | None, tuple[float, ...]]:
+    """`Measured.chance` and `Measured.constant`."""
+    if task.OUTPUT_TYPE == "loglikelihood":
+        return 0.0, ()
+    if task.OUTPUT_TYPE != "multiple_choice":
+        return None, ()
+    docs = [doc for _, doc in zip(range(examples), task.eval_docs, strict=False)]
+    choices = [tuple(task.doc_to_choice(doc)) for doc in docs]
+    chance = sum(1 / len(of_doc) for of_doc in choices) / len(docs)
+    gold = [task.doc_to_target(doc) for doc in docs]
+    if len(set(choices)) > 1 or not all(isinstance(index, int) for index in gold):
+        return chance, ()
+    return chance, tuple(gold.count(index) / len(docs) for index in range(len(choices[0])))
+
+
+@contextlib.contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the libraries' bars and lines for the debug log, and them from starting processes beside ours."""
+    logger, said = logging.getLogger("lm_eval"), io.StringIO()
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with (
+            _environment({"DISABLE_MULTIPROC": "1"}),
+            contextlib.redirect_stdout(said),
+            contextlib.redirect_stderr(said),
+        ):
+            yield
+    finally:
+        logger.setLevel(level)
+        log.debug("the harness said: %s", said.getvalue())

@@ -1,0 +1,177 @@
+"""The comparison as text, CSV and picture."""
+
+import csv
+import io
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from tide_mega.data.atomic import write_bytes
+from tide_mega.evaluation.compare import format_cell, is_accuracy
+from tide_mega.evaluation.results import Cell, Comparison
+
+NAME = "zero_shot"
+# Okabe and Ito's palette: told apart with any colour vision; hatches tell apart what it repeats.
+_COLOURS = ("#4d4d4d", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_HATCHES = ("", "//", "..")
+_CHANCE = "chance"
+
+
+def write_all(comparison: Comparison, folder: Path) -> list[Path]:
+    """Write zero_shot.txt, .csv and, where there is a score, .png; return the files."""
+    paths = [folder / f"{NAME}.txt", folder / f"{NAME}.csv"]
+    write_bytes(paths[0], (as_text(comparison) + "\n").encode())
+    write_bytes(paths[1], as_csv(comparison).encode())
+    if comparison.columns and comparison.labels:
+        picture = io.BytesIO()
+        draw(comparison).savefig(picture, format="png")
+        paths.append(folder / f"{NAME}.png")
+        write_bytes(paths[-1], picture.getvalue())
+    return paths
+
+
+def as_text(comparison: Comparison) -> str:
+    """Aligned table, chance below it, then findings, tasks left out and notes."""
+    lines = []
+    if comparison.columns:
+        head = ["run", *(column.title for column in comparison.columns), "mean"]
+        metrics = ["", *(column.metric for column in comparison.columns), ""]
+        rows = [
+            [label, *map(format_cell, cells), _or_dash(mean)]
+            for label, cells, mean in zip(comparison.labels, comparison.cells, comparison.means, strict=True)
+        ]
+        chances = [column.chance for column in comparison.columns]
+        chance = ["chance", *map(_plain, chances), _plain(comparison.mean_chance)]
+        lines += _aligned([head, metrics], [*rows, chance])
+    lines += [f"not evaluated: {task}: {reason}" for task, reason in comparison.absent.items()]
+    lines += ["", *comparison.findings] if comparison.findings else []
+    return "\n".join([*lines, "", *comparison.notes])
+
+
+def _or_dash(cell: Cell | None) -> str:
+    return "-" if cell is None else format_cell(cell)
+
+
+def _plain(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
+
+
+def _aligned(heads: list[list[str]], rows: list[list[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*heads, *rows, strict=True)]
+
+    def line(cells: list[str]) -> str:
+        first, *rest = (cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
+        return "  ".join([first.strip().ljust(widths[0]), *rest]).rstrip()
+
+    rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
+    return [*map(line, heads), rule, *map(line, rows)]
+
+
+def as_csv(comparison: Comparison) -> str:
+    """A line for each run and metric, means and chance too; tasks left out have their reason as status."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(
+        ["run", "task", "metric", "unit", "value", "standard_error", "chance", "examples", "status"]
+    )
+    for label, cells, mean in zip(comparison.labels, comparison.cells, comparison.means, strict=True):
+        for column, cell in zip(comparison.columns, cells, strict=True):
+            unit = "%" if is_accuracy(column.metric) else ""
+            words = map(_word, (cell.value, cell.stderr, column.chance))
+            writer.writerow([label, column.task, column.metric, unit, *words, column.examples, "evaluated"])
+        if mean is not None:
+            words = map(_word, (mean.value, mean.stderr, comparison.mean_chance))
+            writer.writerow([label, "mean", "accuracy", "%", *words, "", "evaluated"])
+    for task, reason in comparison.absent.items():
+        writer.writerow(["", task, *[""] * 6, f"not evaluated: {reason}"])
+    return out.getvalue()
+
+
+def _word(value: float | None) -> str:
+    return "" if value is None else f"{value:.6g}"
+
+
+def draw(comparison: Comparison) -> Figure:
+    """Bars with standard errors: accuracies with chance marked, and perplexities beside them."""
+    panels = [
+        [(i, column) for i, column in enumerate(comparison.columns) if is_accuracy(column.metric) is accuracy]
+        for accuracy in (True, False)
+    ]
+    with_mean = len(panels[0]) > 1
+    groups = [len(panels[0]) + with_mean, len(panels[1])]
+    bar = 0.2 + 0.12 * len(comparison.labels)
+    widths = [max(2.4, n * max(1.1, bar)) for n in groups if n]
+    figure = Figure(figsize=(sum(widths) + 1.6, 4.4), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = iter(figure.subplots(1, len(widths), squeeze=False, width_ratios=widths)[0])
+    first = None
+    if groups[0]:
+        first = next(axes)
+        titles = [column.title for _, column in panels[0]]
+        chances = [column.chance for _, column in panels[0]]
+        rows = [[cells[i] for i, _ in panels[0]] for cells in comparison.cells]
+        if with_mean:
+            titles, chances = [*titles, "mean"], [*chances, comparison.mean_chance]
+            rows = [
+                [*row, mean] for row, mean in zip(rows, comparison.means, strict=True) if mean is not None
+            ]
+        _bars(first, titles, rows, comparison.labels)
+        _chances(first, chances)
+        first.set_title("Zero-shot accuracy (higher is better)")
+        first.set_ylabel("accuracy (%), ± standard error")
+    if groups[1]:
+        axis = next(axes)
+        rows = [[cells[i] for i, _ in panels[1]] for cells in comparison.cells]
+        _bars(axis, [column.title for _, column in panels[1]], rows, comparison.labels)
+        axis.set_title("Perplexity (lower is better)")
+        axis.set_ylabel("perplexity, ± standard error")
+        first = first or axis
+    if first is not None:
+        handles, labels = first.get_legend_handles_labels()
+        order = sorted(range(len(labels)), key=lambda i: labels[i] == _CHANCE)  # lines would come first
+        handles, labels = [handles[i] for i in order], [labels[i] for i in order]
+        columns = min(len(labels), 8)
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
+    return figure
+
+
+def _bars(axis: Axes, titles: list[str], rows: list[list[Cell]], labels: tuple[str, ...]) -> None:
+    width = 0.8 / len(rows)
+    for n, (label, row) in enumerate(zip(labels, rows, strict=True)):
+        x = [i + width * (n - (len(rows) - 1) / 2) for i in range(len(titles))]
+        bars = axis.bar(
+            x,
+            [cell.value for cell in row],
+            0.92 * width,
+            yerr=[cell.stderr or 0.0 for cell in row],
+            error_kw={"elinewidth": 1.0, "capsize": 2},
+            color=_COLOURS[n % len(_COLOURS)],
+            hatch=_HATCHES[n // len(_COLOURS) % len(_HATCHES)],
+            edgecolor="white",
+            linewidth=0.5,
+            label=label,
+        )
+        texts = [format_cell(Cell(cell.value, None)) for cell in row]
+        axis.bar_label(bars, texts, fontsize=7, padding=2, rotation=90 if len(rows) > 2 else 0)
+    axis.set_ylim(0, 1.12 * axis.get_ylim()[1])  # room for the numbers
+    axis.set_xticks(range(len(titles)), titles)
+    axis.set_xlim(-0.6, len(titles) - 0.4)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _chances(axis: Axes, chances: list[float | None]) -> None:
+    named = False
+    for i, chance in enumerate(chances):
+        if chance is None:
+            continue
+        axis.plot(
+            [i - 0.46, i + 0.46],
+            [chance, chance],
+            color="black",
+            linestyle="--",
+            linewidth=1.2,
+            label=None if named else _CHANCE,
+        )
+        named = True

@@ -1,0 +1,182 @@
+"""What an evaluation found, kept as JSON from one start to the next: `<run folder>/evaluation/zero_shot.json`."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from tide_mega.data.atomic import write_bytes
+from tide_mega.evaluation.errors import EvaluationError
+
+FILE = "zero_shot.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Score:
+    """A metric over a task's examples."""
+
+    value: float
+    """A fraction for accuracies; perplexity as it is."""
+    stderr: float | None
+    """Standard error of the mean, or for perplexity of a bootstrap; None where there is none."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the harness says of a model on a task."""
+
+    scores: Mapping[str, Score]
+    """By the harness's names: acc, acc_norm, perplexity."""
+    examples: int
+    chance: float | None
+    """The accuracy of guessing: the mean of 1 / choices, 0 for an open answer; None where it is not known."""
+    constant: tuple[float, ...]
+    """The accuracy of each answer given always, where all examples have the same choices (BoolQ); else empty."""
+    requests: int
+    truncated: int
+    """Requests whose context lost its beginning to the model's longest sequence."""
+    windowed: int
+    """Texts longer than a sequence, scored in windows."""
+    apart: int
+    """Requests whose context and continuation had to be encoded apart."""
+
+
+@dataclass(frozen=True)
+class Key:
+    """What a result depends on: with the same key it is not computed again."""
+
+    checkpoint: str
+    """The random id of the save, which no other save has."""
+    task: str
+    source: str
+    """`hub`, or the local file's SHA-256."""
+    limit: int | None
+    """Examples asked for; None means all."""
+    precision: str
+    harness: str
+    """Its name and version."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One task on one checkpoint."""
+
+    key: Key
+    label: str
+    """Of the run, when it was computed."""
+    path: str
+    """Where the checkpoint lay then."""
+    step: int
+    tokens: int
+    """Training tokens consumed at the checkpoint."""
+    num_blocks: int
+    """K."""
+    measured: Measured
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A number of the comparison, in %; perplexity as it is."""
+
+    value: float
+    stderr: float | None
+
+
+@dataclass(frozen=True)
+class Column:
+    """A task of the comparison."""
+
+    task: str
+    title: str
+    metric: str
+    chance: float | None
+    """In %; None for perplexity, or where it is not known."""
+    constant: tuple[float, ...]
+    """As in `Measured`, in %."""
+    examples: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Runs (rows) on tasks (columns), as the paper's Table 2."""
+
+    columns: tuple[Column, ...]
+    labels: tuple[str, ...]
+    cells: tuple[tuple[Cell, ...], ...]
+    """[run][column]."""
+    means: tuple[Cell | None, ...]
+    """Of each run over the tasks with an accuracy; None where there is no such task."""
+    mean_chance: float | None
+    absent: Mapping[str, str]
+    """Tasks that were not evaluated, and why."""
+    findings: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+@dataclass
+class Stored:
+    """The file's content: every result that was computed, and the last comparison made of some."""
+
+    results: dict[Key, Result] = field(default_factory=dict)
+    comparison: Comparison | None = None
+
+    def write(self, path: Path) -> None:
+        """Write it, whole or not at all."""
+        comparison = None if self.comparison is None else asdict(self.comparison)
+        content = {
+            "format": FORMAT,
+            "results": [asdict(result) for result in self.results.values()],
+            "comparison": comparison,
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def read(path: Path) -> Stored:
+    """Read what `Stored.write` wrote.
+
+    Raises:
+        EvaluationError: it is not such a file.
+        FileNotFoundError: there is none.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["format"] != FORMAT:
+            raise EvaluationError(
+                f"{path} is of format {content['format']}, and this version reads {FORMAT}."
+            )
+        results = [_result(entry) for entry in content["results"]]
+        comparison = content["comparison"] and _comparison(content["comparison"])
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise EvaluationError(
+            f"{path} is not an evaluation's result ({type(error).__name__}: {error}): move it away, or give "
+            "another out=<folder>."
+        ) from error
+    return Stored({result.key: result for result in results}, comparison)
+
+
+def _result(entry: Mapping) -> Result:
+    measured = dict(entry["measured"])
+    scores = {name: Score(**score) for name, score in measured.pop("scores").items()}
+    measured["constant"] = tuple(measured["constant"])
+    rest = {name: value for name, value in entry.items() if name not in ("key", "measured")}
+    return Result(key=Key(**entry["key"]), measured=Measured(scores=scores, **measured), **rest)
+
+
+def _comparison(entry: Mapping) -> Comparison:
+    columns = tuple(
+        Column(**{**column, "constant": tuple(column["constant"])}) for column in entry["columns"]
+    )
+    cells = tuple(tuple(Cell(**cell) for cell in row) for row in entry["cells"])
+    means = tuple(None if cell is None else Cell(**cell) for cell in entry["means"])
+    return Comparison(
+        columns,
+        tuple(entry["labels"]),
+        cells,
+        means,
+        entry["mean_chance"],
+        entry["absent"],
+        tuple(entry["findings"]),
+        tuple(entry["notes"]),
+    )

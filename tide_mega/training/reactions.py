@@ -1,0 +1,58 @@
+"""What a run does after a step that was not as it should be: tell, and go back to a checkpoint if need be."""
+
+import logging
+
+from tide_mega.checkpoint import Checkpointer, TrainingState
+from tide_mega.training.faults.guard import StepGuard
+from tide_mega.training.faults.policy import Action, Verdict
+from tide_mega.training.goodput import Ledger
+from tide_mega.training.reporting import Reporter
+
+log = logging.getLogger(__name__)
+
+FAULTS = "faults"
+"""Name under which checkpoints keep what the fault policy must remember."""
+EVENTS = {Action.APPLY: "spike", Action.SKIP: "skipped", Action.ROLL_BACK: "rollback"}
+
+
+class Reactions:
+    """Changes where the run stands: its state, and with it everything that counts steps."""
+
+    def __init__(
+        self,
+        state: TrainingState,
+        guard: StepGuard,
+        checkpoints: Checkpointer,
+        ledger: Ledger,
+        reporter: Reporter,
+    ) -> None:
+        self._state, self._guard, self._checkpoints = state, guard, checkpoints
+        self._ledger, self._reporter = ledger, reporter
+
+    def deal_with(self, verdict: Verdict) -> None:
+        """Log the step just made, going back to the newest checkpoint first where that is the verdict.
+
+        Collective.
+
+        Raises:
+            DivergedError: it happens more often than `faults` allows.
+        """
+        at_step = self._state.step
+        self._guard.tell(verdict, at_step)
+        if verdict.action is Action.ROLL_BACK:
+            self._roll_back()
+        self._reporter.log_event(EVENTS[verdict.action], verdict, at_step)
+
+    def _roll_back(self) -> None:
+        """Load the newest checkpoint, but go on with the data that comes next."""
+        samples = self._state.samples
+        with self._ledger.spend("resume"):
+            loaded = self._checkpoints.restore()
+        if loaded is None:
+            log.warning("there is no whole checkpoint to go back to: the step is skipped")
+            return
+        vars(self._state).update(vars(loaded))
+        self._state.samples = samples
+        self._guard.policy.rewind(self._state.extra.get(FAULTS, {}))
+        self._ledger.go_back(self._state.step)
+        self._reporter.rewind()

@@ -1,0 +1,166 @@
+"""What live diagnostics cost: training steps with them beside steps without, in turns in one process.
+
+    python tools/bench_live.py                                  # the demo's model, on this machine
+    python tools/bench_live.py model=1b blocks=8 device=cuda micro_batch=8 out=live.json
+
+Steps run through the trainer's own stage, engine and optimizer, on random ids distributed as text is. A round has
+`every` steps of each kind, the last one logged; `ratio` compares the sums of a round. Each item is timed by itself
+too, within these steps, and everything that a log line measures of loss, routers and tables counts as diagnostics.
+Shares are medians over the median step; half the distance between the quartiles follows ±.
+"""
+
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tide_mega.bench.step_options import StepOptions, configuration
+from tide_mega.config.errors import ConfigError, refuse
+from tide_mega.config.hydra_door import parse_tool_cli
+from tide_mega.data.atomic import write_json
+
+
+@dataclass
+class LiveOptions:
+    """What a user may say."""
+
+    model: str = "demo"
+    """demo, 350m, 750m, 1b or 3b."""
+    blocks: int = 4
+    """K."""
+    layers: int | None = None
+    """Instead of the model's."""
+    micro_batch: int = 8
+    """Sequences of a microbatch."""
+    accumulation: int = 1
+    """Microbatches of a step."""
+    seq_length: int | None = None
+    """Tokens of a sequence; null means 2048, and 256 for demo."""
+    precision: str = "auto"
+    """bf16, fp32, or auto: bf16 where the device computes faster in it."""
+    device: str = "auto"
+    threads: int | None = None
+    """CPU threads; null means all cores."""
+    rounds: int = 10
+    every: int = 10
+    """Steps of a round, one of them logged."""
+    cadences: list[int] = field(default_factory=lambda: [10, 25])
+    """Values of logging.every to give the amortised share for."""
+    eval_every: int = 1000
+    """Steps between evaluations, for that share."""
+    warmup: int = 3
+    wandb: bool = True
+    """Whether records also go to an offline W&B run."""
+    overrides: list[str] = field(default_factory=list)
+    """Further words of the training's command line, as in overrides=memory.owners=tensor."""
+    out: str | None = None
+    """JSON file to write."""
+
+
+def validate(options: LiveOptions) -> None:
+    """Refuse options that cannot be meant.
+
+    Raises:
+        ConfigError: naming the option.
+    """
+    at_least_one = ("micro_batch", "accumulation", "seq_length", "layers", "threads", "rounds", "every")
+    for key in (*at_least_one, "eval_every", "warmup"):
+        value = getattr(options, key)
+        if value is not None and value < 1:
+            refuse(key, value, "is too small", "give 1 or more")
+    if options.blocks < 0:
+        refuse("blocks", options.blocks, "is negative", "give 0 or more")
+    if not options.cadences or min(options.cadences) < 1:
+        refuse("cadences", options.cadences, "is not a list of numbers from 1", "give, say, 10,25")
+    for key, choices in {
+        "precision": ("auto", "bf16", "fp32"),
+        "device": ("auto", "cpu", "cuda"),
+    }.items():
+        if getattr(options, key) not in choices:
+            refuse(key, getattr(options, key), "is unknown", f"use {', '.join(choices)}")
+    if options.out is not None and not Path(options.out).parent.is_dir():
+        refuse("out", options.out, "lies in a folder that does not exist", "make the folder first")
+
+
+def bench(options: LiveOptions) -> dict[str, Any]:
+    """Measure; returns what `out` receives.
+
+    Raises:
+        ConfigError: an option or override is wrong.
+    """
+    from tide_mega.bench.live_case import LiveCase, measure
+    from tide_mega.parallel.device import choose_device, set_threads
+    from tide_mega.parallel.groups import World, start_distributed, stop_distributed
+
+    device = choose_device(options.device, 0)
+    threads = set_threads(options.threads, 1)
+    fastest = "bf16" if device.has_fast_bf16() else "fp32"
+    precision = fastest if options.precision == "auto" else options.precision
+    shared = ("model", "layers", "micro_batch", "accumulation", "seq_length", "overrides")
+    as_step = StepOptions(**{key: getattr(options, key) for key in shared})
+    config = configuration(as_step, options.model, options.blocks, precision)
+    start_distributed(device, World(0, 1, 0, 1), 30.0)
+    try:
+        case = LiveCase(config, device, options.accumulation, wandb=options.wandb)
+        try:
+            cost = measure(case, rounds=options.rounds, every=options.every, warmup=options.warmup)
+        finally:
+            case.close()
+    finally:
+        stop_distributed()
+    ran = {"precision": precision, "device": device.name, "threads": threads}
+    ran |= {"seq_length": config.data.seq_length, "layers": config.model.num_layers}
+    return {
+        "options": {**asdict(options), **ran},
+        **asdict(cost),
+        "shares": {every: cost.share(every, options.eval_every) for every in options.cadences},
+    }
+
+
+def show(found: dict[str, Any]) -> str:
+    """The result as text."""
+    from tide_mega.bench.live_case import EVALUATED, LOGGED
+    from tide_mega.bench.table import aligned, milliseconds
+
+    options, step = found["options"], found["step"]["median"]
+
+    def spread(of: dict[str, float]) -> str:
+        return f"{milliseconds(of['median'])} ±{milliseconds((of['high'] - of['low']) / 2)}"
+
+    rows = []
+    for name, item in found["items"].items():
+        every = options["eval_every"] if name in EVALUATED else options["every"] if name in LOGGED else 1
+        when = {1: "every step"}.get(every, f"every {every:,} steps")
+        share = item["median"] / step
+        rows.append([name, spread(item), when, f"{share:.3%}", f"{share / every:.4%}"])
+    ratio = found["ratio"]
+    shares = ", ".join(f"{share:.3%} at logging.every={every}" for every, share in found["shares"].items())
+    threads = f" with {options['threads']} threads" if options["device"] == "cpu" else ""
+    return (
+        f"Live diagnostics of {options['model']} with K={options['blocks']}, {options['accumulation']} x "
+        f"{options['micro_batch'] * options['seq_length']:,} tokens of sequences of {options['seq_length']:,}, "
+        f"{options['precision']}, on {options['device']}{threads}\n"
+        f"{aligned(['item', 'ms', 'when', 'of a step', 'amortised'], rows)}\n"
+        f"step without: {spread(found['step'])} ms; with / without in rounds of {options['every']}: "
+        f"{ratio['median']:.4f} ({ratio['low']:.4f} to {ratio['high']:.4f})\n"
+        f"all items, eval_every={options['eval_every']:,}: {shares}"
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the tool; returns its exit status: 0, or 2 for a bad option."""
+    options = parse_tool_cli(LiveOptions, argv, doc=__doc__ or "")
+    try:
+        validate(options)
+        found = bench(options)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(show(found))
+    if options.out is not None:
+        write_json(Path(options.out), found)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+"""Draw what runs logged: the panels of the W&B dashboard, from files, without W&B.
+
+    python tools/plot_run.py run=runs/demo out=plots
+    python tools/plot_run.py run=base=runs/demo-k0,runs/demo-k4 out=plots
+    python tools/plot_run.py run=runs/demo/wandb/offline-run-20260101_120000-abcd1234 out=plots
+
+A run is its folder, of which metrics.jsonl is read or, with `source=wandb` or where there is none, what an
+offline W&B run left in it; or such a run's folder or .wandb file. The file of a killed run is read as far as it is
+whole. `out` receives a PNG and an SVG of each section of the dashboard, and series.csv: every value logged, under
+the name it has in W&B. A panel without data is left out.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from omegaconf import MISSING
+
+from tide_mega.config.errors import ConfigError, refuse
+from tide_mega.config.hydra_door import parse_tool_cli
+from tide_mega.dashboard.describe import panels_without_data, remarks, summary
+from tide_mega.dashboard.errors import DashboardError
+from tide_mega.dashboard.plots import save_plots
+from tide_mega.dashboard.read import SOURCES, read_run
+
+
+@dataclass
+class Options:
+    """What to draw."""
+
+    run: list[str] = MISSING
+    """Run folders, folders of offline W&B runs or .wandb files, each as `path` or `label=path`."""
+    out: str = MISSING
+    """Folder to write to."""
+    source: str = "auto"
+    """What to read of a run folder: jsonl, wandb, or auto: metrics.jsonl where there is one."""
+    x: str = "tokens"
+    """What metrics are drawn over: tokens or step."""
+
+
+def plot(options: Options) -> None:
+    """Read, print a line for each run, and draw.
+
+    Raises:
+        ConfigError: an option is wrong.
+        DashboardError: a run cannot be read, or nothing was logged.
+    """
+    if options.source not in SOURCES:
+        refuse("source", options.source, "is unknown", f"use {', '.join(SOURCES)}")
+    if options.x not in ("tokens", "step"):
+        refuse("x", options.x, "is unknown", "use tokens or step")
+    if not options.run:
+        refuse("run", "[]", "names no run", "give at least one run folder")
+    runs = [read_run(given, options.source) for given in options.run]
+    labels = [run.label for run in runs]
+    if twice := next((label for label in labels if labels.count(label) > 1), None):
+        refuse(
+            "run", ",".join(options.run), f"has two runs called {twice!r}", "name them, as in a=path,b=path"
+        )
+    for run in runs:
+        print(summary(run))
+        for remark in remarks(run):
+            print(f"  note: {remark}")
+    names = [name for run in runs for name in run.names()]
+    if not names:
+        raise DashboardError("nothing was logged in these runs, so there is nothing to draw.")
+    save_plots(runs, Path(options.out), options.x, lambda name: print(f"wrote {options.out}/{name}"))
+    if absent := panels_without_data(names):
+        print(f"left out, {len(absent)} panels without data: {'; '.join(absent)}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the tool; return its exit status: 0, 1 for a run that cannot be read, 2 for a bad option."""
+    options = parse_tool_cli(Options, argv, doc=__doc__ or "")
+    try:
+        plot(options)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except DashboardError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
