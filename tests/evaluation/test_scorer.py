@@ -4,9 +4,10 @@ import random
 
 import pytest
 
-from tests.evaluation.texts import documents, pairs, words
+from tests.evaluation.texts import WORDS, documents, pairs, words
 from tests.evaluation.tiny import text_scorer
 from tide_mega.evaluation.errors import EvaluationError
+from tide_mega.evaluation.scorer import _cut
 from tide_mega.evaluation.spans import encode_pair, windows
 
 
@@ -33,18 +34,35 @@ def assert_alike(results, expected, tolerance=1e-4):
 def test_log_likelihoods_are_the_references_whatever_the_batch(run, oracle, alone, batch):
     scorer = text_scorer(run, alone, batch)
     assert_alike(scorer.loglikelihood(pairs()), reference_pairs(oracle, pairs()))
+    encoded = [encode_pair(run.tokenizer, *pair)[:2] for pair in pairs()]
+    windowed = sum(len(tail) > oracle.longest for _, tail in encoded)
+    too_long = sum(len(head) + len(tail) > oracle.longest + 1 for head, tail in encoded)
     counts = scorer.counts
-    assert (counts.requests, counts.truncated, counts.windowed) == (len(pairs()), 1, 1)
+    assert (counts.requests, counts.truncated, counts.windowed) == (
+        len(pairs()),
+        too_long - windowed,
+        windowed,
+    )
+    assert too_long > windowed > 0
+
+
+def greedy_request(oracle, prompt):
+    """The longest text of the model's own choice, up to three tokens, that is encoded again as it was made."""
+    ids = oracle.encode(prompt)
+    for most in (3, 2, 1):
+        made = oracle.greedy(ids, most)
+        text = oracle.run.tokenizer.decode(made)
+        if encode_pair(oracle.run.tokenizer, prompt, text)[:2] == (ids, made):
+            return prompt, text
+    return None
 
 
 def test_what_the_model_would_say_itself_is_greedy(oracle, scorer):
-    prompt = oracle.encode("import os def")
-    made = oracle.greedy(prompt, 3)
-    likely = "".join(oracle.run.tokenizer.decode(made))
-    assert encode_pair(oracle.run.tokenizer, "import os def", likely)[:2] == (prompt, made)
-    requests = [("import os def", likely), ("import os def", " zebra")]
+    likely = [request for word in WORDS if (request := greedy_request(oracle, f"import {word}"))]
+    assert len(likely) > 3
+    requests = [*likely, *((prompt, " zebra") for prompt, _ in likely)]
     results = scorer.loglikelihood(requests)
-    assert [greedy for _, greedy in results] == [True, False]
+    assert [greedy for _, greedy in results] == [True] * len(likely) + [False] * len(likely)
     assert_alike(results, reference_pairs(oracle, requests))
 
 
@@ -87,16 +105,46 @@ def test_generation_is_naive_greedy_decoding(oracle, scorer):
     for prompt, n, text in zip(prompts(), most, made, strict=True):
         ids = oracle.greedy(oracle.encode(prompt) or [oracle.run.tokenizer.eos_id], n)
         assert text == oracle.run.tokenizer.decode(ids)
-        assert text
+    assert any(made)
+
+
+def naively_cut(oracle, ids, stops):
+    """The text as it is when a stop sequence first shows, without it."""
+    texts = [oracle.run.tokenizer.decode(ids[: n + 1]) for n in range(len(ids))]
+    for text in texts:
+        if found := [text.find(stop) for stop in stops if stop in text]:
+            return text[: min(found)]
+    return texts[-1]
 
 
 def test_generation_ends_before_the_earliest_stop_sequence(oracle, scorer):
-    whole = oracle.run.tokenizer.decode(oracle.greedy(oracle.encode("def value(self"), 12))
-    early, late = whole[3:5], whole[8:10]
-    arguments = [{"until": [late, early]}, {"until": early}, {"until": ["never this"], "max_gen_toks": 12}]
-    made = scorer.generate([("def value(self", {"max_gen_toks": 12, **a}) for a in arguments])
-    cut = whole[: min(whole.find(early), whole.find(late))]
-    assert made == [cut, whole[: whole.find(early)], whole]
+    ids = oracle.greedy(oracle.encode("def value(self"), 12)
+    whole = oracle.run.tokenizer.decode(ids)
+    early, late = whole[len(whole) // 3 :][:2], whole[-2:]
+    assert early and late
+    wanted = [[late, early], [early], [late], ["never this"]]
+    arguments = [{"until": stops, "max_gen_toks": 12} for stops in wanted[:3]]
+    arguments += [{"until": "never this", "max_gen_toks": 12}]
+    made = scorer.generate([("def value(self", a) for a in arguments])
+    assert made == [naively_cut(oracle, ids, stops) for stops in wanted]
+    assert made[3] == whole and len(made[0]) < len(whole)
+
+
+@pytest.mark.parametrize(
+    ("stops", "cut"), [(["d", "b"], ("a ", True)), (["x"], ("a b c d", False)), ([""], ("a b c d", False))]
+)
+def test_text_is_cut_at_the_earliest_of_several_stops(stops, cut):
+    assert _cut("a b c d", stops) == cut
+
+
+def test_the_model_sees_as_much_of_the_growing_text_as_fits(oracle, scorer, monkeypatch):
+    replica, seen = scorer.replicas.scorer, []
+    monkeypatch.setattr(replica, "_next_tokens", lambda sequences: (seen.extend(sequences), [5])[1])
+    prompt = " ".join(WORDS[:8])
+    scorer.generate([(prompt, {"max_gen_toks": 40})])
+    ids = oracle.encode(prompt)
+    assert seen == [tuple([*ids, *[5] * n][-oracle.longest :]) for n in range(40)]
+    assert len(seen[-1]) == oracle.longest
 
 
 def test_nothing_is_generated_where_nothing_is_wanted(scorer):

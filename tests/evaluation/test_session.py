@@ -64,7 +64,6 @@ def test_accuracy_is_that_of_the_references_choices(options, alone, oracle):
         right += nats.index(max(nats)) == question["gold"]
     assert [c.metric for c in table.columns] == ["perplexity", "acc", "acc"]
     assert table.cells[0][1].value == pytest.approx(100 * right / 12)
-    assert 0 < right < 12
     assert table.columns[1].chance == pytest.approx(100 / 3)
     assert table.absent == {"sciq": "needs the hub: it has no local version (leave out local=)"}
 

@@ -20,6 +20,8 @@ log = logging.getLogger(__name__)
 REPORT_FILE = "report.html"
 _FREE = ("run", "which", "out", "fresh", "device")
 """Options that change nothing of what a section shows."""
+_READS = {"zero_shot": "evaluation/zero_shot.json"}
+"""Files of the run folder, besides checkpoints, that diagnostics read, where it is not the metrics."""
 
 
 def make(analysis: Analysis, diagnostics: list[Diagnostic], out: Path) -> list[Missing]:
@@ -28,11 +30,11 @@ def make(analysis: Analysis, diagnostics: list[Diagnostic], out: Path) -> list[M
     A diagnostic that fails is reported with its traceback and does not keep the others from being made. What an
     earlier analysis of the same checkpoints with the same options left is kept, unless `fresh`.
     """
-    identity = identity_of(analysis)
     missing: list[Missing] = []
     failed: list[Missing] = []
     for number, diagnostic in enumerate(diagnostics, start=1):
         say = f"{number}/{len(diagnostics)} {diagnostic.name} ({diagnostic.shows})"
+        identity = identity_of(analysis, diagnostic.name)
         found = load(out / diagnostic.name)
         if found is not None and found.identity == identity and not analysis.options.fresh:
             log.info("%s: kept from before", say)
@@ -52,31 +54,35 @@ def make(analysis: Analysis, diagnostics: list[Diagnostic], out: Path) -> list[M
             failed.append(
                 Missing(diagnostic.name, diagnostic.shows, f"failed: {type(error).__name__}: {error}")
             )
-    write_report(out / REPORT_FILE, analysis.runs, _sections(out, identity), missing + failed)
+    write_report(out / REPORT_FILE, analysis.runs, _sections(analysis, out), missing + failed)
     return failed
 
 
-def _sections(out: Path, identity: dict[str, Any]) -> list[SavedSection]:
+def _sections(analysis: Analysis, out: Path) -> list[SavedSection]:
     """What is in `out` of these checkpoints, in the report's order: also what `which` did not name this time."""
-    found = [load(out / diagnostic.name) for diagnostic in DIAGNOSTICS]
-    return [section for section in found if section is not None and section.identity == identity]
+    found = [(diagnostic.name, load(out / diagnostic.name)) for diagnostic in DIAGNOSTICS]
+    return [
+        section
+        for name, section in found
+        if section is not None and section.identity == identity_of(analysis, name)
+    ]
 
 
-def identity_of(analysis: Analysis) -> dict[str, Any]:
-    """Return what the outcome depends on, as JSON values."""
+def identity_of(analysis: Analysis, name: str) -> dict[str, Any]:
+    """Return what a diagnostic's outcome depends on, as JSON values."""
     options = {name: value for name, value in asdict(analysis.options).items() if name not in _FREE}
     return {
         "version": tide_mega.__version__,
         "options": options,
-        "runs": [_run_identity(run) for run in analysis.runs],
+        "runs": [_run_identity(run, name) for run in analysis.runs],
     }
 
 
-def _run_identity(run: TrainedRun) -> dict[str, Any]:
-    metrics = run.metrics.read_bytes() if run.metrics.exists() else b""
+def _run_identity(run: TrainedRun, name: str) -> dict[str, Any]:
+    logged = run.folder / _READS.get(name, "metrics.jsonl")
     return {
         "label": run.label,
         "checkpoint": run.weights.state.save_id,
         "history": [weights.state.save_id for weights in run.history],
-        "metrics": hashlib.sha256(metrics).hexdigest(),
+        "logged": hashlib.sha256(logged.read_bytes()).hexdigest() if logged.exists() else None,
     }

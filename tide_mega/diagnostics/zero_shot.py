@@ -1,0 +1,98 @@
+"""Table 2: zero-shot tasks, from what `python -m tide_mega.evaluate` has left in the run folders."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+from tide_mega.diagnostics.analysis import Analysis, SkippedError
+from tide_mega.diagnostics.section import Cell, DataTable, Section
+from tide_mega.evaluation.compare import compare
+from tide_mega.evaluation.output import draw
+from tide_mega.evaluation.results import FILE, Comparison, Key, Result, read
+from tide_mega.trained.run import TrainedRun
+
+_NEEDS = (
+    "it needs `python -m tide_mega.evaluate run=...` of these checkpoints first, whose results it finds in "
+    "`evaluation` of the run folders"
+)
+
+
+def run(analysis: Analysis) -> Section:
+    """Make the section from the tasks that every run with results has.
+
+    Raises:
+        SkippedError: there are no results of these checkpoints, or no task in common.
+    """
+    found = results_of(analysis.runs)
+    evaluated = [run for run in analysis.runs if run.weights.state.save_id in found]
+    if not evaluated:
+        raise SkippedError(_NEEDS)
+    rows = in_common([found[run.weights.state.save_id] for run in evaluated])
+    if not rows[0]:
+        raise SkippedError("the runs were not evaluated on the same tasks in the same way")
+    comparison = compare(rows, [run.label for run in evaluated], {}, "acc_norm")
+    left_out = [run.label for run in analysis.runs if run not in evaluated]
+    return Section(
+        name="zero_shot",
+        shows="Table 2",
+        title="Zero-shot tasks",
+        paper="Mean accuracy of eight tasks at 1B parameters: 61.4 % for the baseline, 63.0 % with K = 8, 63.7 % "
+        "with K = 24.",
+        findings=(*_means(comparison), *comparison.findings),
+        tables={"zero_shot": table(comparison)},
+        figures={"zero_shot": draw(comparison)},
+        notes=(*comparison.notes, *(f"{label} was not evaluated." for label in left_out)),
+    )
+
+
+def results_of(runs: Sequence[TrainedRun]) -> dict[str, list[Result]]:
+    """Return the results in the run folders by checkpoint: a comparison lies with the last run it was made of."""
+    found: dict[str, dict[Key, Result]] = {}
+    for run in runs:
+        path = run.folder / "evaluation" / FILE
+        for key, result in read(path).results.items() if path.exists() else ():
+            found.setdefault(key.checkpoint, {})[key] = result
+    return {checkpoint: list(results.values()) for checkpoint, results in found.items()}
+
+
+def in_common(runs: Sequence[Sequence[Result]]) -> list[list[Result]]:
+    """Return of each run the results that all have, task by task; of several ways the one with most examples."""
+    by_way = [{replace(result.key, checkpoint=""): result for result in results} for results in runs]
+    ways = set.intersection(*(set(of_run) for of_run in by_way))
+    best: dict[str, Key] = {}
+    for way in sorted(ways, key=lambda way: (math.inf if way.limit is None else way.limit, str(way))):
+        best[way.task] = way
+    return [[of_run[way] for way in best.values()] for of_run in by_way]
+
+
+def table(comparison: Comparison) -> DataTable:
+    """Return it with a row a run, and the level of guessing last."""
+    columns, chance = ["run"], list[Cell](["chance"])
+    for column in comparison.columns:
+        unit = "" if column.chance is None else ", %"
+        columns += [f"{column.title} ({column.metric}{unit})", f"{column.title} standard error"]
+        chance += [column.chance, None]
+    rows: list[list[Cell]] = []
+    for label, cells, mean in zip(comparison.labels, comparison.cells, comparison.means, strict=True):
+        row: list[Cell] = [label]
+        for cell in cells:
+            row += [cell.value, cell.stderr]
+        rows.append([*row, mean.value if mean else None, mean.stderr if mean else None])
+    return DataTable.of(
+        [*columns, "mean accuracy (%)", "mean standard error"],
+        [*rows, [*chance, comparison.mean_chance, None]],
+    )
+
+
+def _means(comparison: Comparison) -> list[str]:
+    return [
+        f"{label}: mean accuracy {mean.value:.1f} %"
+        + ("" if mean.stderr is None else f" ± {mean.stderr:.1f}")
+        + (
+            "."
+            if comparison.mean_chance is None
+            else f", where guessing gives {comparison.mean_chance:.1f} %."
+        )
+        for label, mean in zip(comparison.labels, comparison.means, strict=True)
+        if mean is not None
+    ]
