@@ -31,6 +31,7 @@ DOORS = {
         "tide_mega/dashboard/workspace.py",
     },
     "wandb_workspaces": {"tide_mega/dashboard/workspace.py"},
+    "lm_eval": {"tide_mega/evaluation/harness.py"},
     "triton": {"tide_mega/kernels/"},
 }
 
@@ -129,10 +130,10 @@ def readme_blocks():
     return re.findall(r"^```\w*\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.S | re.M)
 
 
-def test_the_readme_opens_with_two_commands_of_one_line():
-    first, second = readme_blocks()[:2]
-    assert first.count("\n") == 1 and second.count("\n") == 1
-    assert "pytest" in second
+def test_the_readme_opens_with_commands_of_one_line():
+    first, second, third = readme_blocks()[:3]
+    assert [block.count("\n") for block in (first, second, third)] == [1, 1, 1]
+    assert "tide_mega.demo" in first and "pytest" in second and "tide_mega.analyze" in third
 
 
 def test_ci_extracts_the_readmes_commands_as_they_stand(tmp_path):

@@ -75,7 +75,9 @@ def report(configs: dict[str, TideConfig]) -> None:
     folder = Path(first.run.root) / "demo"
     comparison.write(folder)
     print(
-        f"\n{comparison.text()}\n\nwritten to {folder}: deciles.txt, deciles.png, deciles.json, deciles.csv"
+        f"\n{comparison.text()}\n\nwritten to {folder}: deciles.txt, deciles.png, deciles.json, deciles.csv\n"
+        "every other figure of the paper: python -m tide_mega.analyze run="
+        + ",".join(f"{label}={path}" for label, path in folders.items())
     )
 
 

@@ -39,7 +39,9 @@ def test_rows_and_chunks_are_the_stored_master_weights(tiny_runs, monkeypatch):
 def test_a_weight_that_is_not_there_is_named(tiny_runs):
     stored = StoredWeights(tiny_runs[0] / "checkpoints" / "step-00000006")
     for read in (stored.tensor, lambda name: list(stored.chunks(name))):
-        with pytest.raises(CheckpointError, match=r"has no memory.tables: it has embedding.weight, final_norm"):
+        with pytest.raises(
+            CheckpointError, match=r"has no memory.tables: it has embedding.weight, final_norm"
+        ):
             read("memory.tables")
 
 

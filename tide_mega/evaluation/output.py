@@ -154,7 +154,9 @@ def _bars(axis: Axes, titles: list[str], rows: list[list[Cell]], labels: tuple[s
             label=label,
         )
         texts = [format_cell(Cell(cell.value, None)) for cell in row]
-        axis.bar_label(bars, texts, fontsize=7, padding=2, rotation=90 if len(rows) > 2 else 0)
+        white = {"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.85}
+        turned = 90 if len(rows) > 2 else 0
+        axis.bar_label(bars, texts, fontsize=7, padding=3, rotation=turned, bbox=white, zorder=5)
     axis.set_ylim(0, 1.12 * axis.get_ylim()[1])  # room for the numbers
     axis.set_xticks(range(len(titles)), titles)
     axis.set_xlim(-0.6, len(titles) - 0.4)
