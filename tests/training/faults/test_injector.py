@@ -10,7 +10,7 @@ from tide_mega.data.errors import DataError
 from tide_mega.model.passes import StepResult
 from tide_mega.training.faults.injector import Injector
 
-RESULT = StepResult(torch.tensor(6.0), torch.tensor(1.0), torch.tensor(3))
+RESULT = StepResult(torch.tensor(6.0), torch.tensor(1.0), torch.tensor(3), [])
 
 
 class Engine:

@@ -13,7 +13,7 @@ from tide_mega.training.faults.vote import take_vote
 
 def vote_of(cases):
     loss, z_square, tokens, finite = cases[dist.get_rank()]
-    result = StepResult(torch.tensor(loss), torch.tensor(z_square), torch.tensor(tokens))
+    result = StepResult(torch.tensor(loss), torch.tensor(z_square), torch.tensor(tokens), [])
     return take_vote(result, torch.tensor(finite), 0.5 + dist.get_rank())
 
 

@@ -32,7 +32,7 @@ def draw_null(null_LS: Mapping[str, Weights], looks: Mapping[str, Line]) -> Figu
                 deciles, weights_S[:NUM_BINS], look.dash, marker=look.marker, color=look.colour, label=label
             )
         axis.margins(y=0.15)
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.12 * axis.get_ylim()[1])  # room for the names of rare, mid and common
         axis.set_title(f"Null bank, {title}")
         axis.spines[["top", "right"]].set_visible(False)
     axes[0, 0].set_ylabel("mean router weight (0 to 1)")
