@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from tests.support.checkpoints import config_at
+from tests.support.runs import train_here
 from tests.support.trained import reference_of
 from tide_mega.config.schema import ParallelConfig
 from tide_mega.data.batch import TokenBatch
@@ -137,3 +139,15 @@ def looks_into_a_shard(path, tokens_BT):
 
 def test_a_shard_is_not_looked_into(tiny_runs, pools):
     pools(2).run(looks_into_a_shard, tiny_runs[2], batch_of().tokens_BT)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["dp2 zero2 owners", "pp2 vpp2", "zero3 dp2", "tp2 sp"])
+def test_a_checkpoint_saved_by_many_opens_in_one(pools, tiny_data, tmp_path, alone, topology):
+    config = config_at(topology, tiny_data, tmp_path, "memory.router_init_std=0.5", "trainer.max_steps=3")
+    pools(2).run(train_here, config)
+    run, batch = TrainedRun.open(tmp_path / "tiny"), batch_of()
+    assert len(list(run.weights.path.glob("rank-*.safetensors"))) == 2
+    (scored,) = TrainedModel(run, alone).score([batch])
+    expected = reference_of(run)(batch.tokens_BT, batch.labels_BT)
+    torch.testing.assert_close(scored.cross_entropy_BT, expected.cross_entropy_BT, rtol=0, atol=3e-6)

@@ -11,11 +11,12 @@ from matplotlib.figure import Figure
 from tide_mega.data.atomic import write_bytes
 from tide_mega.evaluation.compare import format_cell, is_accuracy
 from tide_mega.evaluation.results import Cell, Comparison
+from tide_mega.plotting.style import GREY, PALETTE
 
 NAME = "zero_shot"
-# Okabe and Ito's palette: told apart with any colour vision; hatches tell apart what it repeats.
-_COLOURS = ("#4d4d4d", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_COLOURS = (GREY, *PALETTE)
 _HATCHES = ("", "//", "..")
+"""Tell apart what the colours repeat."""
 _CHANCE = "chance"
 
 

@@ -8,6 +8,7 @@ Dimensions: B sequences, T tokens of a sequence, N = B * T, V vocabulary, L laye
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +36,11 @@ class DecileResult:
     """Mean over the tokens of bins 3-6."""
     common: float | None
     """Mean over the tokens of bins 7-9."""
+
+    def means(self) -> dict[str, Any]:
+        """Return what records keep of it, by their fields' names."""
+        names = ("loss", "rare", "mid", "common", "loss_by_bin", "count_by_bin")
+        return {name: getattr(self, name) for name in names}
 
 
 class DecileLoss(SumAndCount):

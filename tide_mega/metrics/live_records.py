@@ -53,12 +53,7 @@ class LiveRecord:
             step=step,
             tokens=tokens,
             first_step=first_step,
-            loss=deciles.loss,
-            rare=deciles.rare,
-            mid=deciles.mid,
-            common=deciles.common,
-            loss_by_bin=deciles.loss_by_bin,
-            count_by_bin=deciles.count_by_bin,
+            **deciles.means(),
             null_weight_by_layer_and_bin=null_weight.by_layer_and_bin,
             grad_norm_by_table=grad_norm_by_table,
         )

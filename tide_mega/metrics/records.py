@@ -167,12 +167,7 @@ class EvalRecord:
         return cls(
             step=step,
             tokens=tokens,
-            loss=deciles.loss,
-            rare=deciles.rare,
-            mid=deciles.mid,
-            common=deciles.common,
-            loss_by_bin=deciles.loss_by_bin,
-            count_by_bin=deciles.count_by_bin,
+            **deciles.means(),
             null_weight_by_layer=null_weight.by_layer,
             null_weight_by_bin=by_bin if null_weight.by_layer else {},
             texts=texts or {},
