@@ -1,6 +1,7 @@
 """Making, keeping and reporting sections, with made-up diagnostics."""
 
 import html.parser
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -14,6 +15,7 @@ from tide_mega.diagnostics.registry import DIAGNOSTICS, Diagnostic, chosen
 from tide_mega.diagnostics.report import show
 from tide_mega.diagnostics.section import DataTable, Section
 from tide_mega.plotting.style import panels
+from tide_mega.trained.model import TrainedModel
 
 
 class Fake(Diagnostic):
@@ -92,17 +94,55 @@ def test_the_report_needs_nothing_beside_it(analysis, tmp_path):
     assert sources and all(source.startswith("data:image/svg+xml;base64,") for source in sources)
 
 
-def test_what_is_there_is_kept_until_something_changes(analysis, tmp_path):
-    make(analysis, [fake("works")], tmp_path)
-    make(analysis, [fake("works"), fake("later")], tmp_path)
-    assert Fake.made == 2
+def made_again(analysis, folder, *names):
+    before = Fake.made
+    make(analysis, [replace(fake(name), options=("sequences", "texts")) for name in names], folder)
+    return Fake.made - before
+
+
+def test_what_is_there_is_kept_until_what_it_depends_on_changes(analysis, tmp_path):
+    text = tmp_path / "prose.txt"
+    text.write_text("one")
+    analysis.options = replace(analysis.options, texts=[str(text)])
+    out = tmp_path / "out"
+    assert made_again(analysis, out, "works", "later") == 2
+    assert made_again(analysis, out, "works", "later") == 0
+    analysis.options = replace(analysis.options, templates=3)
+    assert made_again(analysis, out, "works") == 0, "it does not depend on templates"
     analysis.options = replace(analysis.options, sequences=3)
-    make(analysis, [fake("works")], tmp_path)
-    assert Fake.made == 3
-    assert page_of(tmp_path).sources == page_of(tmp_path).sources[:1], "later was of other options"
+    assert made_again(analysis, out, "works") == 1
+    text.write_text("two")
+    assert made_again(analysis, out, "works") == 1
+    logged = analysis.runs[1].metrics
+    kept = logged.read_bytes()
+    logged.write_bytes(kept + b"{")  # a run that goes on
+    assert made_again(analysis, out, "works") == 1
+    logged.write_bytes(kept)
     analysis.options = replace(analysis.options, fresh=True)
+    assert made_again(analysis, out, "works") == 1
+
+
+def test_a_section_of_other_inputs_is_not_shown_as_current(analysis, tmp_path):
+    make(analysis, [fake("works"), fake("later")], tmp_path)
+    assert len(page_of(tmp_path).sources) == 2
+    analysis.options = replace(analysis.options, seed=1)
     make(analysis, [fake("works")], tmp_path)
-    assert Fake.made == 4
+    page = page_of(tmp_path)
+    assert len(page.sources) == 1
+    assert "later (Figure 0): what there is was made with other options" in page.text
+
+
+def test_a_section_that_fails_now_is_not_shown_as_it_was(analysis, tmp_path, monkeypatch):
+    make(analysis, [fake("works")], tmp_path)
+    analysis.options = replace(analysis.options, fresh=True)
+
+    def fails(_):
+        raise ValueError("planted")
+
+    monkeypatch.setattr(Fake, "load", lambda self: fails)
+    make(analysis, [fake("works")], tmp_path)
+    page = page_of(tmp_path)
+    assert not page.sources and "works (Figure 0): failed: ValueError: planted" in page.text
 
 
 def test_which_names_diagnostics_in_the_reports_order():
@@ -118,12 +158,20 @@ def test_two_runs_of_one_label_are_refused(tiny_runs, alone):
         Analysis.open(twice, alone)
 
 
-def test_one_model_at_a_time_is_open(analysis):
+def test_one_model_at_a_time_is_open(analysis, monkeypatch):
     base, tide = analysis.runs
-    first = analysis.model(base)
-    assert analysis.model(base) is first
-    assert analysis.model(tide) is not first
-    assert analysis.model(base) is not first
+    assert analysis.model(base) is analysis.model(base)
+    before = weakref.ref(analysis.model(base))
+    alive = []
+
+    class Watched(TrainedModel):
+        def __init__(self, *args, **kwargs):
+            alive.append(before() is not None)
+            super().__init__(*args, **kwargs)
+
+    monkeypatch.setattr("tide_mega.diagnostics.analysis.TrainedModel", Watched)
+    analysis.model(tide)
+    assert alive == [False]
 
 
 @pytest.mark.parametrize(

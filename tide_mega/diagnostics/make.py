@@ -1,6 +1,5 @@
 """Make the chosen diagnostics one after the other, keep what is there already, write the report."""
 
-import hashlib
 import logging
 import time
 import traceback
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import tide_mega
+from tide_mega.data.atomic import sha256_of
 from tide_mega.diagnostics.analysis import Analysis, SkippedError
 from tide_mega.diagnostics.registry import DIAGNOSTICS, Diagnostic
 from tide_mega.diagnostics.report import Missing, write_report
@@ -18,10 +18,8 @@ from tide_mega.trained.run import TrainedRun
 log = logging.getLogger(__name__)
 
 REPORT_FILE = "report.html"
-_FREE = ("run", "which", "out", "fresh", "device")
-"""Options that change nothing of what a section shows."""
-_READS = {"zero_shot": "evaluation/zero_shot.json"}
-"""Files of the run folder, besides checkpoints, that diagnostics read, where it is not the metrics."""
+_DATASET = ("index.json", "counts.npy", "deciles.npy")
+"""Files of the prepared dataset; the index has the checksums of all others."""
 
 
 def make(analysis: Analysis, diagnostics: list[Diagnostic], out: Path) -> list[Missing]:
@@ -34,7 +32,7 @@ def make(analysis: Analysis, diagnostics: list[Diagnostic], out: Path) -> list[M
     failed: list[Missing] = []
     for number, diagnostic in enumerate(diagnostics, start=1):
         say = f"{number}/{len(diagnostics)} {diagnostic.name} ({diagnostic.shows})"
-        identity = identity_of(analysis, diagnostic.name)
+        identity = identity_of(analysis, diagnostic)
         found = load(out / diagnostic.name)
         if found is not None and found.identity == identity and not analysis.options.fresh:
             log.info("%s: kept from before", say)
@@ -54,35 +52,51 @@ def make(analysis: Analysis, diagnostics: list[Diagnostic], out: Path) -> list[M
             failed.append(
                 Missing(diagnostic.name, diagnostic.shows, f"failed: {type(error).__name__}: {error}")
             )
-    write_report(out / REPORT_FILE, analysis.runs, _sections(analysis, out), missing + failed)
+    gone = missing + failed
+    sections, outdated = _sections(analysis, out, {of.name for of in gone})
+    write_report(out / REPORT_FILE, analysis.runs, sections, gone + outdated)
     return failed
 
 
-def _sections(analysis: Analysis, out: Path) -> list[SavedSection]:
-    """What is in `out` of these checkpoints, in the report's order: also what `which` did not name this time."""
-    found = [(diagnostic.name, load(out / diagnostic.name)) for diagnostic in DIAGNOSTICS]
-    return [
-        section
-        for name, section in found
-        if section is not None and section.identity == identity_of(analysis, name)
-    ]
+def _sections(analysis: Analysis, out: Path, without: set[str]) -> tuple[list[SavedSection], list[Missing]]:
+    """Return what `out` has, in the report's order and whether or not `which` names it; and what is outdated."""
+    sections, outdated = [], []
+    for diagnostic in DIAGNOSTICS:
+        section = None if diagnostic.name in without else load(out / diagnostic.name)
+        if section is None:
+            continue
+        if section.identity == identity_of(analysis, diagnostic):
+            sections.append(section)
+        else:
+            reason = (
+                f"what there is was made with other options or inputs: which={diagnostic.name} makes it again"
+            )
+            outdated.append(Missing(diagnostic.name, diagnostic.shows, reason))
+    return sections, outdated
 
 
-def identity_of(analysis: Analysis, name: str) -> dict[str, Any]:
+def identity_of(analysis: Analysis, diagnostic: Diagnostic) -> dict[str, Any]:
     """Return what a diagnostic's outcome depends on, as JSON values."""
-    options = {name: value for name, value in asdict(analysis.options).items() if name not in _FREE}
-    return {
+    options = asdict(analysis.options)
+    identity: dict[str, Any] = {
         "version": tide_mega.__version__,
-        "options": options,
-        "runs": [_run_identity(run, name) for run in analysis.runs],
+        "options": {name: options[name] for name in ("precision", "seed", *diagnostic.options)},
+        "runs": [_run_identity(run, diagnostic) for run in analysis.runs],
     }
+    if "texts" in diagnostic.options:
+        identity["texts"] = [sha256_of(Path(text)) for text in analysis.options.texts]
+    return identity
 
 
-def _run_identity(run: TrainedRun, name: str) -> dict[str, Any]:
-    logged = run.folder / _READS.get(name, "metrics.jsonl")
+def _run_identity(run: TrainedRun, diagnostic: Diagnostic) -> dict[str, Any]:
+    files = [
+        run.folder / "config.yaml",
+        run.folder / diagnostic.reads,
+        *(run.data / name for name in _DATASET),
+    ]
     return {
         "label": run.label,
         "checkpoint": run.weights.state.save_id,
         "history": [weights.state.save_id for weights in run.history],
-        "logged": hashlib.sha256(logged.read_bytes()).hexdigest() if logged.exists() else None,
+        "files": {path.name: sha256_of(path) if path.exists() else None for path in files},
     }

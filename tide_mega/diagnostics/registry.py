@@ -19,6 +19,10 @@ class Diagnostic:
     """In the paper."""
     about: str
     module: str
+    options: tuple[str, ...] = ()
+    """Options that what it shows depends on, besides `precision` and `seed`."""
+    reads: str = "metrics.jsonl"
+    """File of the run folder that it reads besides checkpoints."""
 
     def load(self) -> Callable[[Analysis], Section]:
         """Import what makes the section."""
@@ -28,15 +32,43 @@ class Diagnostic:
 DIAGNOSTICS = (
     Diagnostic("updates", "Equation 2.2, Table 1", "expected gradient updates of a token", "updates"),
     Diagnostic("norms", "Figure 1", "norms of embedding rows by decile, and their growth", "norms"),
-    Diagnostic("separation", "Figures 2 and 6", "distance of token pairs in every layer", "separation"),
+    Diagnostic(
+        "separation",
+        "Figures 2 and 6",
+        "distance of token pairs in every layer",
+        "separation",
+        options=("templates",),
+    ),
     Diagnostic("deciles", "Figure 5", "held-out loss by decile", "deciles"),
     Diagnostic("blocks", "Figure 7", "loss of rare, mid and common tokens against K", "blocks"),
-    Diagnostic("perplexity", "Figure 8", "perplexity of texts against training tokens", "perplexity"),
-    Diagnostic("distances", "Figure 9", "cosine distance between the embedding and the tables", "distances"),
-    Diagnostic("routing", "Figure 10", "router weights and null bank, by layer and decile", "routing"),
-    Diagnostic("silencing", "Figure 11", "perplexity with one layer's memory left out", "silencing"),
     Diagnostic(
-        "zero_shot", "Table 2", "zero-shot tasks, as python -m tide_mega.evaluate left them", "zero_shot"
+        "perplexity",
+        "Figure 8",
+        "perplexity of texts against training tokens",
+        "perplexity",
+        options=("sequences", "texts", "text_tokens"),
+    ),
+    Diagnostic("distances", "Figure 9", "cosine distance between the embedding and the tables", "distances"),
+    Diagnostic(
+        "routing",
+        "Figure 10",
+        "router weights and null bank, by layer and decile",
+        "routing",
+        options=("sequences",),
+    ),
+    Diagnostic(
+        "silencing",
+        "Figure 11",
+        "perplexity with one layer's memory left out",
+        "silencing",
+        options=("sequences", "texts", "text_tokens"),
+    ),
+    Diagnostic(
+        "zero_shot",
+        "Table 2",
+        "zero-shot tasks, as python -m tide_mega.evaluate left them",
+        "zero_shot",
+        reads="evaluation/zero_shot.json",
     ),
     Diagnostic("neighbours", "Table 6, Figure 13", "nearest neighbours under every table", "neighbours"),
     Diagnostic("curves", "Figure 14", "training loss against tokens", "curves"),
@@ -45,10 +77,21 @@ DIAGNOSTICS = (
         "Proposition 3.1",
         "the null bank can switch the memory off",
         "propositions.null_bound",
+        options=("sequences",),
     ),
-    Diagnostic("pathways", "Proposition 3.2", "squared gradients over the K tables", "propositions.pathways"),
     Diagnostic(
-        "identity", "Proposition 3.3", "the memory separates any pair of tokens", "propositions.identity"
+        "pathways",
+        "Proposition 3.2",
+        "squared gradients over the K tables",
+        "propositions.pathways",
+        options=("sequences", "batch"),
+    ),
+    Diagnostic(
+        "identity",
+        "Proposition 3.3",
+        "the memory separates any pair of tokens",
+        "propositions.identity",
+        options=("sequences",),
     ),
 )
 
