@@ -1,5 +1,6 @@
 """Fixtures shared by the whole suite."""
 
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,6 +11,16 @@ from tide_mega.bench.own_text import prepare_own_text
 from tide_mega.parallel.device import Device, choose_device
 from tide_mega.parallel.groups import World, start_distributed, stop_distributed
 from tide_mega.parity.pool import WorkerPool
+
+
+@pytest.fixture(autouse=True)
+def package_log() -> Iterator[None]:
+    """Leave the package's logger as it was: entry points called in this process set it up for a terminal."""
+    logger = logging.getLogger("tide_mega")
+    handlers, propagates, level = list(logger.handlers), logger.propagate, logger.level
+    yield
+    logger.handlers, logger.propagate = handlers, propagates
+    logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,7 @@
 """Zero-shot evaluation of checkpoints: the paper's Table 2, by lm-evaluation-harness.
 
-    python -m tide_mega.evaluate run=runs/demo_base,runs/demo_tide
-    python -m tide_mega.evaluate run=runs/demo_tide tasks=arc_easy,piqa local=<folder of JSONL files> limit=200
+    python -m tide_mega.evaluate run=runs/demo-k0,runs/demo-k4
+    python -m tide_mega.evaluate run=runs/demo-k4 tasks=arc_easy,piqa local=<folder of JSONL files> limit=200
     torchrun --nproc-per-node=8 -m tide_mega.evaluate run=runs/tide_8e_1b tensor=2 precision=bf16
 
 Prints a table with standard errors and chance, and leaves zero_shot.json, .csv, .txt and .png in `out`. Tasks

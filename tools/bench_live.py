@@ -6,6 +6,8 @@
 Steps run through the trainer's own stage, engine and optimizer, on random ids distributed as text is. A round has
 `every` steps of each kind, the last one logged; `ratio` compares the sums of a round. Each item is timed by itself
 too, within these steps, and everything that a log line measures of loss, routers and tables counts as diagnostics.
+Recording router weights is spread over the layers: its item is what gradients take longer in the median of logged
+steps than in that of the others, and 0 where noise hides it. It is one process: no all-reduce is timed.
 Shares are medians over the median step; half the distance between the quartiles follows ±.
 """
 

@@ -89,6 +89,22 @@ def test_a_resumed_run_is_read_from_both_of_its_files(
     assert any(left in note for note in run.notes) and not any(shown in note for note in run.notes)
 
 
+def test_a_run_started_online_and_resumed_offline_is_read_in_order_of_date(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forget_login(monkeypatch, tmp_path)
+    run_dir = tmp_path / "run"
+
+    def log(*steps: int) -> object:
+        return lambda logger: [logger.log_train(renumbered(train_record(lr=0.1), step)) for step in steps]
+
+    run_id = write_offline_run(run_dir, log(10, 20, 30))
+    (first,) = (run_dir / "wandb").glob("offline-run-*")
+    first.rename(first.with_name(f"run-20200101_000000-{run_id}"))
+    write_offline_run(run_dir, log(30, 40), run_id)
+    assert [row["step"] for row in read_run(str(run_dir)).rows] == [10, 20, 30, 40]
+
+
 def test_a_killed_run_says_so(both: Path, tmp_path: Path) -> None:
     path = tmp_path / "run-x.wandb"
     path.write_bytes(wandb_file(both).read_bytes()[:-400])

@@ -11,7 +11,7 @@ from tests.data.conftest import make_text
 from tide_mega.config.errors import ConfigError
 from tide_mega.data.batch import IGNORE_LABEL, TokenBatch
 from tide_mega.data.errors import DataError
-from tide_mega.data.texts import TextSet, text_batches
+from tide_mega.data.texts import TextSet, text_name
 from tide_mega.data.tokenizer import HFTokenizer
 
 
@@ -86,15 +86,18 @@ def test_the_beginning_of_a_text_is_that_of_the_whole_text(
     assert begun.num_bytes == sum(len(tokenizer.token_bytes(i)) for i in begun.ids_N[1:].tolist())
 
 
-def test_batches_of_a_file_are_those_of_its_text(tmp_path: Path, tokenizer: HFTokenizer) -> None:
-    path = tmp_path / "text.txt"
-    path.write_text(make_text(np.random.default_rng(5), 60), encoding="utf-8")
-    of_file = text_batches(
-        path, tokenizer, seq_length=8, micro_batch_size=2, max_tokens=50, dp_rank=1, dp_size=2
-    )
-    of_text = TextSet.load(path, tokenizer, max_tokens=50).batches(8, 2, dp_rank=1, dp_size=2)
-    for one, other in zip(of_file, of_text, strict=True):
-        assert [x.tolist() for x in one] == [x.tolist() for x in other]
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("a/b.valid.txt", "b.valid"),
+        ("b.JSONL", "b"),
+        ("b.jsonl.zst", "b"),
+        ("a/.jsonl", ".jsonl"),
+        (".txt", ".txt"),
+    ],
+)
+def test_a_text_is_called_as_its_file_and_never_nothing(path: str, name: str) -> None:
+    assert text_name(path) == name
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.zst"])

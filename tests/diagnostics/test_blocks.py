@@ -106,3 +106,45 @@ def test_trained_runs_are_compared(tiny_runs: dict[int, Path], alone: Device) ->
     assert any(note.startswith("CAUTION: the runs are not after the same number") for note in section.notes)
     with pytest.raises(SkippedError):
         blocks.run(Analysis.open(AnalyzeOptions(run=[str(tiny_runs[0])]), alone))
+
+
+@pytest.mark.parametrize("end", [None, math.nan, math.inf])
+def test_an_unknown_rare_loss_is_not_called_no_gain(end: float | None) -> None:
+    data = blocks.measure([(0, evaluation(6, 5, 4)), (2, evaluation(5, 5, 4)), (4, evaluation(end, 4, 3))])
+    text = " ".join(blocks.describe(data))
+    assert "From K = 0 to K = 4 the loss goes: mid 5.000 to 4.000" in text
+    assert "rare" not in text
+    assert data.shares() is None
+
+
+def test_a_baseline_that_diverged_has_no_gain_over_it() -> None:
+    data = blocks.measure([(0, evaluation(math.inf, 5, 4)), (2, evaluation(5, 5, 4))])
+    assert data.shares() is None
+
+
+def test_nothing_known_at_both_ends_is_said() -> None:
+    nothing = evaluation(None, math.nan, math.inf)
+    data = blocks.measure([(0, evaluation(6, 5, 4)), (2, evaluation(5, 4, 3)), (4, nothing)])
+    assert blocks.describe(data) == ["No group has a finite loss at both ends."]
+
+
+def test_a_diverged_run_between_the_ends_is_skipped() -> None:
+    line = [(k, evaluation(7 - 0.03 * k, 5 - 0.02 * k, 3 - 0.01 * k)) for k in (0, 2, 8, 16)]
+    data = blocks.measure([*line, (4, evaluation(math.nan, math.inf, math.nan))])
+    assert [data.slope(role) for role in blocks.ROLES] == pytest.approx([-0.03, -0.02, -0.01])
+    text = " ".join(blocks.describe(data))
+    assert "slope against K 3.0 times as steep" in text
+    assert "there is: K = 2 12%, K = 8 50%." in text
+    assert [row[-1] for row in blocks.blocks_table(data).rows] == pytest.approx([0, 12.5, None, 50, 100])
+    shares = blocks.draw(data).axes[2]
+    assert [text.get_text() for text in shares.texts] == ["0%", "12%", "50%", "100%"]
+    assert list(shares.lines[0].get_xdata()) == [0, 2, 8, 16]
+
+
+def test_without_a_finite_run_between_the_ends_no_share_is_named() -> None:
+    data = blocks.measure([(0, evaluation(6, 5, 4)), (2, evaluation(None, 5, 4)), (4, evaluation(5, 4, 3))])
+    assert not any("there is" in sentence for sentence in blocks.describe(data))
+
+
+def test_fewer_than_two_finite_losses_have_no_slope() -> None:
+    assert math.isnan(blocks.measure([(0, evaluation(None, 5, 4)), (2, evaluation(5, 4, 3))]).slope("rare"))

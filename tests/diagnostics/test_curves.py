@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from tide_mega.diagnostics.curves.points import (
 )
 from tide_mega.diagnostics.options import AnalyzeOptions
 from tide_mega.parallel.device import Device
+from tide_mega.plotting.lines import line
 
 
 def straight(label: str, k: int, start: float, end: float, lines: int = 11, last: int = 1_000) -> Curve:
@@ -81,6 +83,14 @@ def test_findings_say_where_curves_end_and_meet() -> None:
     assert "does not reach base's last training loss" in " ".join(
         curves.describe([BASE, straight("worse", 2, 9.0, 5.0)])
     )
+
+
+def test_a_run_that_starts_later_is_not_ordered() -> None:
+    late = make_curve("late", 8, {2_000: 2.0, 3_000: 1.5}, {})
+    assert not any("lowest first" in text for text in curves.describe([TIDE, late]))
+    more = straight("more", 2, 8.0, 2.0)
+    text = " ".join(curves.describe([more, TIDE, late]))
+    assert "after 1,000 tokens, the lowest first: more (K = 2) < tide (K = 4)." in text
 
 
 def test_milestones_are_at_tokens_all_runs_have() -> None:
@@ -161,6 +171,18 @@ def test_trained_runs_are_drawn(tiny_runs: dict[int, Path], alone: Device, tmp_p
     assert {row[1] for row in of_tide} == {"training", "held-out"}
     assert all(math.isfinite(row[3]) for row in of_tide if isinstance(row[3], float))
     assert len(section.tables["curves"].rows) == len(curves.SHARES)
+
+
+def test_a_run_that_is_left_out_does_not_change_the_others_looks(
+    tiny_runs: dict[int, Path], alone: Device, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_runs[2], tmp_path / "bare")
+    (tmp_path / "bare" / "metrics.jsonl").unlink()
+    runs = [f"base={tiny_runs[0]}", f"bare={tmp_path / 'bare'}", f"tide={tiny_runs[2]}"]
+    section = curves.run(Analysis.open(AnalyzeOptions(run=runs), alone))
+    for axis in section.figures["curves"].axes:
+        (of_tide,) = [drawn for drawn in axis.lines if drawn.get_label() == "tide"]
+        assert of_tide.get_color() == line(1).colour
 
 
 def test_without_training_losses_it_says_what_it_needs(

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tide_mega.data.batch import IGNORE_LABEL, TokenBatch
 from tide_mega.data.frequency import DROPPED, UNSEEN
 from tide_mega.diagnostics.deciles.check import check_sums, count_slots, differing
+from tide_mega.diagnostics.deciles.report import describe_check
 from tide_mega.diagnostics.deciles.run_losses import DECILES, OUTSIDE, DecileRun
 from tide_mega.metrics.deciles import DecileLoss, DecileResult, NullWeightResult
 from tide_mega.metrics.records import EvalRecord
@@ -98,3 +99,26 @@ def test_labels_are_counted_by_slot_without_padding() -> None:
 def test_counting_takes_any_bins() -> None:
     labels = torch.arange(12).view(3, 4)
     assert set(count_slots([TokenBatch(labels, labels)], np.asarray(BINS)).values()) == {1}
+
+
+def described(run: DecileRun) -> str:
+    return describe_check(run, check_sums(run))
+
+
+def test_only_the_groups_that_were_checked_are_said_to_add_up() -> None:
+    assert described(EXACT).endswith("; the losses of rare, mid, common tokens add up likewise.")
+    assert described(replace(EXACT, mid=None)).endswith(
+        "; the losses of rare, common tokens add up likewise."
+    )
+    assert "likewise" not in described(replace(EXACT, rare=None, mid=math.nan, common=None))
+
+
+def test_why_the_overall_loss_was_not_checked_is_said() -> None:
+    assert described(replace(EXACT, loss=None)).startswith("run: no loss is recorded, so")
+    assert described(replace(EXACT, loss=math.nan)).startswith("run: the loss is not finite, so")
+    gap = replace(EXACT, loss_by_slot={**EXACT.loss_by_slot, "4": None})
+    assert described(gap).startswith("run: the loss of a slot is missing or not finite, so")
+
+
+def test_a_group_that_is_off_is_named_where_there_is_no_overall_loss() -> None:
+    assert "do NOT add up: rare by" in described(replace(EXACT, loss=None, rare=1.0))

@@ -2,6 +2,7 @@ from pathlib import Path
 
 import matplotlib.image
 import pytest
+from matplotlib.colors import to_rgba
 
 from tide_mega.diagnostics.deciles.plot import draw_deciles, plot_deciles
 from tide_mega.diagnostics.deciles.run_losses import DECILES, OUTSIDE, DecileRun
@@ -78,3 +79,14 @@ def test_the_file_is_a_png_with_something_on_it(tmp_path: Path) -> None:
     pixels = matplotlib.image.imread(path)
     assert pixels.shape[1] > 3 * pixels.shape[0] > 1500
     assert 0.5 < pixels[..., :3].mean() < 0.999
+
+
+def test_given_looks_are_those_of_the_runs_in_every_panel() -> None:
+    looks = {"base": BASELINE, "gone": line(0), "tide": line(7), "more": line(2)}
+    runs = [run("tide", 0.25, memory=True), run("more", 0.5, memory=True)]
+    losses, gains, null = draw_deciles(BASE, runs, looks=looks).axes
+    drawn = [(of.get_color(), of.get_marker()) for of in losses.lines]
+    assert drawn == [(looks[name].colour, looks[name].marker) for name in ("base", "tide", "more")]
+    bars = [container.patches[0].get_facecolor() for container in gains.containers]
+    assert bars == [to_rgba(looks[name].colour) for name in ("tide", "more")]
+    assert [of.get_color() for of in null.lines] == [line(7).colour] * 2 + [line(2).colour] * 2

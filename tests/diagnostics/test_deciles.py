@@ -11,6 +11,7 @@ from tide_mega.diagnostics.deciles import report as deciles
 from tide_mega.diagnostics.options import AnalyzeOptions
 from tide_mega.diagnostics.section import Section
 from tide_mega.parallel.device import Device
+from tide_mega.plotting.lines import line
 
 
 def analysed(device: Device, *runs: object) -> Section:
@@ -127,3 +128,17 @@ def test_without_an_evaluation_it_says_what_it_needs(
         analysed(alone, tmp_path / "bare")
     section = analysed(alone, f"bare={tmp_path / 'bare'}", f"tide={tiny_runs[2]}")
     assert section.notes[0] == "bare is left out: it has no evaluation up to step 6."
+
+
+def test_a_run_that_is_left_out_gives_neither_its_look_nor_its_counts(
+    tiny_runs: dict[int, Path], alone: Device, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_runs[0], tmp_path / "bare")
+    (tmp_path / "bare" / "metrics.jsonl").unlink()
+    runs = [f"bare={tmp_path / 'bare'}", f"second={tiny_runs[0]}", f"tide={tiny_runs[2]}"]
+    analysis = Analysis.open(AnalyzeOptions(run=runs), alone)
+    analysis.runs[0].__dict__["deciles"] = None  # another text's would be as wrong
+    section = deciles.run(analysis)
+    assert set(column(section, "deciles", "least count in training")) > {None}
+    drawn = {of.get_label(): of.get_color() for of in section.figures["deciles"].axes[0].lines}
+    assert drawn == {"second": line(0).colour, "tide": line(1).colour}

@@ -7,6 +7,7 @@ import torch
 from tide_mega.data.frequency import DROPPED, UNSEEN
 from tide_mega.diagnostics.analysis import Analysis, SkippedError
 from tide_mega.diagnostics.options import AnalyzeOptions
+from tide_mega.diagnostics.routing import report
 from tide_mega.diagnostics.routing.plots import draw_layers, draw_null, draw_one_layer
 from tide_mega.diagnostics.routing.report import Routing, RoutingSums, measure_routing, run
 from tide_mega.metrics.slots import SLOTS
@@ -150,6 +151,48 @@ def test_the_section_has_every_layer_slot_and_bank(tiny_runs, alone):
     assert all(sum(of.values()) == pytest.approx(1) for of in weights.values() if of["null"] is not None)
     assert set(section.figures) == {"null_by_decile", "last_layer_1", "layers_1"}
     assert any("in the last layer the null bank's mean weight goes from" in text for text in section.findings)
+
+
+def planted(null_by_decile, tokens=1):
+    """Two layers and blocks; the null bank's weights in both are given for the deciles that have tokens."""
+    weight_LSJ = np.full((2, len(SLOTS), 3), np.nan)
+    count_S = np.zeros(len(SLOTS), np.int64)
+    for decile, null_L in null_by_decile.items():
+        weight_LSJ[:, decile] = [[(1 - null) / 2, (1 - null) / 2, null] for null in null_L]
+        count_S[decile] = tokens
+    return Routing(weight_LSJ, np.nanmean(weight_LSJ, 1), count_S)
+
+
+def section_of(tiny_runs, device, monkeypatch, **routings):
+    monkeypatch.setattr(report, "measure_routing", lambda _, of: routings[of.label])
+    words = [f"{label}={tiny_runs[2]}" for label in routings]
+    return run(Analysis.open(AnalyzeOptions(run=words), device))
+
+
+def test_deciles_without_a_token_are_not_compared(tiny_runs, alone, monkeypatch):
+    inner = planted({3: (0.2, 0.3), 5: (0.1, 0.2), 7: (0.5, 0.4)})
+    findings = section_of(tiny_runs, alone, monkeypatch, inner=inner).findings
+    assert "goes from 0.300 on decile 3 to 0.400 on decile 7 and rises in 1 of 2 steps" in findings[0]
+    assert findings[1].endswith("more on decile 7 than on decile 3 in 2 of 2 layers.")
+    outer = planted({0: (0.2, 0.3), 9: (0.1, 0.4)})
+    findings = section_of(tiny_runs, alone, monkeypatch, outer=outer).findings
+    assert "0.300 on the rarest decile to 0.400 on the commonest decile and never falls" in findings[0]
+    assert findings[1].endswith("more on the commonest decile than on the rarest decile in 1 of 2 layers.")
+
+
+def test_one_decile_with_tokens_is_compared_with_nothing(tiny_runs, alone, monkeypatch):
+    findings = section_of(tiny_runs, alone, monkeypatch, one=planted({4: (0.2, 0.3)})).findings
+    assert not any("decile" in sentence for sentence in findings)
+    assert findings[0].endswith("most in layer 1 (0.300).")
+
+
+def test_token_counts_that_differ_are_given_for_each_run(tiny_runs, alone, monkeypatch):
+    weights = {0: (0.2, 0.3), 9: (0.1, 0.4)}
+    both = {"a": planted(weights, 600), "b": planted(weights, 50)}
+    note = section_of(tiny_runs, alone, monkeypatch, **both).notes[0]
+    assert note.startswith("a 1,200, b 100 held-out input tokens. ")
+    same = {"a": planted(weights, 600), "b": planted(weights, 600)}
+    assert section_of(tiny_runs, alone, monkeypatch, **same).notes[0].startswith("1,200 held-out")
 
 
 def test_without_memory_it_is_skipped(tiny_runs, alone):

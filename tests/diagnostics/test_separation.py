@@ -149,6 +149,9 @@ def test_a_baseline_alone_is_shown_without_a_comparison(tiny_runs, alone):
     assert set(section.figures) == {"by_layer", "by_layer_relative", "pairs_1"}
     assert not any("farther apart" in finding for finding in section.findings)
 
+    note = next(text for text in section.notes if text.startswith("rare domain synonyms: "))
+    assert "dropped, as their sentences do not differ in one token alone, the word itself (reasons in" in note
+
 
 def test_without_any_pair_it_is_skipped(tiny_runs, alone, monkeypatch):
     nothing = Category("nothing", (("unheardof", "unthoughtof"),), TEMPLATES)

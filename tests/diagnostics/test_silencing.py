@@ -1,6 +1,7 @@
 """Perplexity with layers silenced: known losses, and models in which silence has a known effect."""
 
 import math
+import weakref
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from tests.support.trained import reference_of
 from tide_mega.data.batch import TokenBatch
+from tide_mega.diagnostics import analysis as analysis_module
 from tide_mega.diagnostics.analysis import Analysis, SkippedError
 from tide_mega.diagnostics.options import AnalyzeOptions
 from tide_mega.diagnostics.silencing.plot import draw_silencing
@@ -125,6 +127,38 @@ def test_the_section_has_every_layer_on_every_text(tiny_runs, alone, tmp_path):
         assert perplexity == pytest.approx(math.exp(loss))
         assert percent == pytest.approx(100 * (perplexity / whole[name][3] - 1), abs=1e-6)
     assert len(section.findings) == 4 and set(section.figures) == {"layers_1"}
+
+
+def two_runs_with_memory(tiny_runs, device):
+    early = tiny_runs[2] / "checkpoints" / "step-00000003"
+    words = [f"late={tiny_runs[2]}", f"early={early}"]
+    return Analysis.open(AnalyzeOptions(run=words, batch=2, sequences=4), device)
+
+
+def test_one_model_at_a_time_is_in_memory(tiny_runs, alone, monkeypatch):
+    models, before = [], []
+
+    def build(*args, **options):
+        before.append([model() for model in models])
+        model = build_model(*args, **options)
+        models.append(weakref.ref(model))
+        return model
+
+    build_model = analysis_module.TrainedModel
+    monkeypatch.setattr(analysis_module, "TrainedModel", build)
+    run(two_runs_with_memory(tiny_runs, alone))
+    assert before == [[], [None]]
+
+
+def test_tokens_are_those_of_each_run(tiny_runs, alone, monkeypatch):
+    whole = Analysis.held_out
+    parts = {"late": 2, "early": 1}
+    monkeypatch.setattr(Analysis, "held_out", lambda self, of: whole(self, of)[: parts[of.label]])
+    section = run(two_runs_with_memory(tiny_runs, alone))
+    scored = {row[0]: row[2] for row in section.tables["whole_model"].rows}
+    assert scored["late"] == 2 * scored["early"] > 0
+    listed = ", ".join(f"{label} {number:,} of held-out" for label, number in scored.items())
+    assert section.notes[0].startswith(f"Tokens scored: {listed.replace(', ', '; ')}. ")
 
 
 def test_without_memory_it_is_skipped(tiny_runs, alone):

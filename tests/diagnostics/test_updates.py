@@ -84,3 +84,13 @@ def test_figure_leaves_out_deciles_without_types() -> None:
     setting = Setting("run", Schedule(100, 10), measure_updates(counts, BINS, Schedule(100, 10)))
     line = next(line for line in draw([setting], setting).axes[0].lines if "median" in str(line.get_label()))
     assert list(line.get_xdata()) == [0, 9]
+
+
+def test_as_many_settings_as_there_are_colours_and_one_more_look_different() -> None:
+    counts = np.array([1, 2, 40, 957, 0, 0], np.uint64)
+    own = [
+        Setting(f"run {i}", schedule, measure_updates(counts, BINS, schedule))
+        for i, schedule in enumerate(Schedule(100 * i, 10) for i in range(1, 8))
+    ]
+    drawn = [line for line in draw(own, own[0]).axes[0].lines if "median" in str(line.get_label())]
+    assert len({(line.get_color(), line.get_marker()) for line in drawn}) == 7

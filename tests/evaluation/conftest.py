@@ -1,9 +1,13 @@
-"""The tiny run, the reference with its weights, and a scorer over it in this process alone."""
+"""The tiny run, the reference with its weights, a scorer over it in this process; options of an evaluation."""
+
+import json
 
 import pytest
 
 from tests.evaluation.oracle import Oracle
+from tests.evaluation.texts import questions
 from tests.evaluation.tiny import text_scorer
+from tide_mega.evaluation.options import EvaluateOptions
 from tide_mega.trained.run import TrainedRun
 
 
@@ -20,3 +24,25 @@ def oracle(run):
 @pytest.fixture(scope="module")
 def scorer(run, alone):
     return text_scorer(run, alone)
+
+
+@pytest.fixture
+def local(tmp_path):
+    folder = tmp_path / "local"
+    folder.mkdir()
+    (folder / "arc_easy.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions()))
+    endings = [{"context": "import os def return", "continuation": word} for word in ("self", "os")]
+    (folder / "lambada_openai.jsonl").write_text("".join(json.dumps(e) + "\n" for e in endings))
+    return folder
+
+
+@pytest.fixture
+def options(tiny_runs, local, tmp_path):
+    return EvaluateOptions(
+        run=[f"base={tiny_runs[0]}", f"tide={tiny_runs[2]}"],
+        tasks=["arc_easy", "lambada_openai", "sciq"],
+        local=str(local),
+        out=str(tmp_path / "out"),
+        device="cpu",
+        batch=5,
+    )

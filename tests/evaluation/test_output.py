@@ -108,7 +108,7 @@ def test_files_lie_beside_each_other(tmp_path):
         ("nothing", "is not an evaluation's result"),
         ("[]", "is not an evaluation's result"),
         ('{"format": 1, "results": [{}]}', "is not an evaluation's result"),
-        (json.dumps({"format": 99}), "is of format 99"),
+        (json.dumps({"format": 99}), "is of format 99, .*: move it away, or give another out=<folder>"),
     ],
 )
 def test_another_file_is_not_taken_for_a_result(tmp_path, content, problem):

@@ -3,7 +3,6 @@
 import csv
 import json
 import os
-import random
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,46 +12,15 @@ import pytest
 
 pytest.importorskip("lm_eval")
 
-from tests.evaluation.texts import words
+from tests.evaluation.texts import questions
 from tide_mega.config.errors import ConfigError
 from tide_mega.evaluation import harness
 from tide_mega.evaluation.errors import EvaluationError
-from tide_mega.evaluation.options import EvaluateOptions
 from tide_mega.evaluation.results import read
 from tide_mega.evaluation.session import evaluate
 from tide_mega.parallel.device import choose_device
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "evals"
-
-
-def questions(count=12):
-    rng = random.Random(5)
-    return [
-        {"query": f"Question: {words(rng, 3)}?", "choices": [words(rng, n) for n in (1, 2, 4)], "gold": i % 3}
-        for i in range(count)
-    ]
-
-
-@pytest.fixture
-def local(tmp_path):
-    folder = tmp_path / "local"
-    folder.mkdir()
-    (folder / "arc_easy.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions()))
-    endings = [{"context": "import os def return", "continuation": word} for word in ("self", "os")]
-    (folder / "lambada_openai.jsonl").write_text("".join(json.dumps(e) + "\n" for e in endings))
-    return folder
-
-
-@pytest.fixture
-def options(tiny_runs, local, tmp_path):
-    return EvaluateOptions(
-        run=[f"base={tiny_runs[0]}", f"tide={tiny_runs[2]}"],
-        tasks=["arc_easy", "lambada_openai", "sciq"],
-        local=str(local),
-        out=str(tmp_path / "out"),
-        device="cpu",
-        batch=5,
-    )
 
 
 def test_accuracy_is_that_of_the_references_choices(options, alone, oracle):

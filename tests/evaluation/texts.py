@@ -41,3 +41,12 @@ def pairs(seed=0):
 def documents(seed=0):
     rng = random.Random(seed)
     return [words(rng, count) for count in (1, 5, 12, 40, 75)] + [""]
+
+
+def questions(count=12):
+    """Of three choices each, as arc_easy has them."""
+    rng = random.Random(5)
+    return [
+        {"query": f"Question: {words(rng, 3)}?", "choices": [words(rng, n) for n in (1, 2, 4)], "gold": i % 3}
+        for i in range(count)
+    ]

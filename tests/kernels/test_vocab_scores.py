@@ -58,3 +58,45 @@ def test_parts_of_the_vocabulary_say_the_same(pools):
     for cross_entropy_N, is_top_N in pools(2).run(scores_of_a_part, inputs):
         torch.testing.assert_close(cross_entropy_N, exact_N)
         assert torch.equal(is_top_N, first_N)
+
+
+def planted_ties():
+    """Small whole numbers in bf16: logits are exact and often equal; also planted across the ranks' boundary."""
+    generator = torch.Generator().manual_seed(3)
+    hidden_ND = torch.randint(-2, 3, (60, 4), generator=generator).bfloat16()
+    weight_VD = torch.randint(-1, 2, (24, 4), generator=generator).bfloat16()
+    hidden_ND[:6] = torch.tensor([2.0, 0, 0, 0])
+    weight_VD[:, 0] = weight_VD[:, 0].clamp(max=0)
+    weight_VD[[7, 11, 12, 20], 0] = 4  # 11 | 12 is the boundary of two ranks
+    logits_NV = hidden_ND @ weight_VD.t()
+    labels_N = logits_NV.argmax(-1)
+    labels_N[:6] = torch.tensor([7, 11, 12, 20, 0, 7])
+    # From here on every second label is the last of the equals.
+    last_N = 23 - logits_NV.flip(1).argmax(-1)
+    labels_N[6::2] = last_N[6::2]
+    return hidden_ND, weight_VD, labels_N
+
+
+def test_of_equal_logits_the_lowest_id_is_the_first_choice_also_across_ranks(pools):
+    inputs = hidden_ND, weight_VD, labels_N = planted_ties()
+    logits_NV = hidden_ND @ weight_VD.t()
+    first_N = logits_NV.argmax(-1) == labels_N
+    is_tied_N = logits_NV.gather(1, labels_N[:, None]).squeeze(1) == logits_NV.amax(-1)
+    assert first_N[:6].tolist() == [True, False, False, False, False, True]
+    assert (is_tied_N & ~first_N).sum() > 5 and first_N.sum() > 20
+    for _, is_top_N in [vocab_scores(*inputs), *pools(2).run(scores_of_a_part, inputs)]:
+        assert torch.equal(is_top_N, first_N)
+
+
+def test_a_model_that_says_the_same_of_all_tokens_chooses_the_first(pools):
+    _, weight_VD, _ = drawn(vocabulary=24)
+    inputs = torch.zeros(24, 9), weight_VD, torch.arange(24)
+    for cross_entropy_N, is_top_N in [vocab_scores(*inputs), *pools(2).run(scores_of_a_part, inputs)]:
+        assert is_top_N.nonzero().flatten().tolist() == [0]
+        torch.testing.assert_close(cross_entropy_N, torch.full((24,), 24.0).log())
+
+
+def test_nothing_is_the_first_choice_among_undefined_logits():
+    hidden_ND, weight_VD, labels_N = drawn()
+    _, is_top_N = vocab_scores(hidden_ND * torch.nan, weight_VD, labels_N)
+    assert not is_top_N.any()

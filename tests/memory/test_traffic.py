@@ -169,6 +169,17 @@ def test_the_exchange_counts_in_a_run_what_the_formula_predicts(pools):
         assert {kind: moved["received"] for kind, moved in reading.items()} == predicted.received
 
 
+def test_a_paused_meter_counts_nothing_and_goes_on_from_where_it_was():
+    meter = TrafficMeter()
+    meter.add("rows", 5, 3)
+    with pytest.raises(KeyError), meter.paused():
+        meter.add("rows", 100, 100)
+        meter.add("ids", 7, 7)
+        raise KeyError
+    meter.add("rows", 1, 1)
+    assert meter.read() == {"rows": {"sent": 6, "received": 4}}
+
+
 def test_collectives_are_counted_as_the_meter_counts_them():
     distinct, tensor, pipeline = 12, 2, 4
     layout = Layout(tensor=tensor, data=2, pipeline=pipeline, sequence_parallel=True)

@@ -146,6 +146,19 @@ def test_null_weight_leaves_padding_out() -> None:
     assert null.reduce(one_rank).by_layer == [0.25, 0.125]
 
 
+def test_a_diverged_router_stays_in_its_layer_and_slot() -> None:
+    null = NullWeight(2, BINS)
+    tokens_BT = torch.tensor([[4, 8]])
+    null_LBT = null_weights(tokens_BT)
+    null_LBT[0, 0, 0] = math.nan
+    null.update(null_LBT, tokens_BT)
+    result = null.reduce(one_rank)
+    first, second = result.by_layer_and_bin
+    assert first["4"] is not None and math.isnan(first["4"])
+    assert (first["8"], second["4"], second["8"]) == (0.5, 0.125, 0.25)
+    assert result.by_layer[1] == 6 / 32
+
+
 def test_null_weight_of_a_model_without_memory_is_empty() -> None:
     null = NullWeight(0, BINS)
     null.update(None, torch.zeros(1, 2, dtype=torch.int64))

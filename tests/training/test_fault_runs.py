@@ -13,8 +13,10 @@ from tests.support.runs import TINY, curve, tiny, train_here, train_until
 from tide_mega.config.errors import ConfigError
 from tide_mega.data.errors import DataError
 from tide_mega.metrics.jsonl import read_metrics
+from tide_mega.parallel.groups import World
 from tide_mega.training.exits import Exit
 from tide_mega.training.faults.policy import DivergedError
+from tide_mega.training.trainer import Trainer
 
 SPIKE = ("faults.spike_window=8", "trainer.max_steps=14", "checkpoint.every=5", "trainer.eval_every=0")
 
@@ -54,6 +56,34 @@ def test_a_rollback_goes_on_past_the_data_of_the_spike(pools, tiny_data, tmp_pat
     assert [r["tokens"] // batch for r in records] == [2, 4, 6, 8, 10, 14, 16]
     assert [r["rollbacks"] for r in records] == [0, 0, 0, 0, 0, 1, 1]
     assert summary(tmp_path)["seconds"]["lost"] > 0
+
+
+def train_without_checkpoints_to_go_back_to(config):
+    trainer = Trainer(config, World.from_environment())
+    trainer.checkpoints.restore = lambda before=None: None
+    try:
+        trainer.run()
+        return trainer.state.step
+    finally:
+        trainer.close()
+
+
+def test_a_rollback_that_finds_no_checkpoint_is_a_skipped_step_in_every_respect(pools, tiny_data, tmp_path):
+    words = (
+        "faults.on_spike=rollback",
+        "faults.inject=[spike@12]",
+        "trainer.eval_every=4",
+        "checkpoint.every=4",
+    )
+    config = tiny(tiny_data, tmp_path, *SPIKE, *words)
+    assert pools(1).run(train_without_checkpoints_to_go_back_to, config) == [14]
+    assert events(tmp_path) == [("skipped", 12, 12)]
+    records = read_metrics(tmp_path / "tiny" / "metrics.jsonl")
+    assert [r["step"] for r in records if r["kind"] == "train"] == [2, 4, 6, 8, 10, 12, 14]
+    assert [r["step"] for r in records if r["kind"] == "eval"] == [4, 8, 12, 14]
+    came_to = summary(tmp_path)
+    assert (came_to["spikes"], came_to["skipped_steps"], came_to["rollbacks"]) == (1, 1, 0)
+    assert came_to["seconds"]["skipped"] > 0
 
 
 @pytest.mark.parametrize("kill_at", [7, 11, 13])

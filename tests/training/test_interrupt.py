@@ -111,14 +111,18 @@ def stopped_at(config, step, rank):
     return trainer.state.step
 
 
-def test_a_stopped_run_continues_as_if_it_had_not_been(pools, tiny_data, tmp_path):
-    overrides = ("checkpoint.every=0", "checkpoint.at_end=false")
+@pytest.mark.parametrize("zero_stage", [1, 3])
+def test_a_run_stopped_where_an_evaluation_is_due_continues_as_if_it_had_not_been(
+    pools, tiny_data, tmp_path, zero_stage
+):
+    overrides = ("checkpoint.every=0", "checkpoint.at_end=false", f"parallel.zero_stage={zero_stage}")
     whole = tiny(tiny_data, tmp_path / "whole", *overrides, world_size=2)
     assert pools(2).run(train_here, whole) == [6, 6]
     broken = tiny(tiny_data, tmp_path / "broken", *overrides, world_size=2)
     said = pools(2).run(stopped_at, broken, 2, 1)
     assert said == ["SIGUSR1 came: stopped after step 3; the same command continues the run"] * 2
     assert not (tmp_path / "broken" / "tiny" / "finished.json").exists()
+    assert {r["step"] for r in curve(tmp_path / "broken" / "tiny" / "metrics.jsonl")} == {2}, "a kill is near"
     assert pools(2).run(train_here, broken) == [6, 6]
     curves = []
     for name in ("whole", "broken"):

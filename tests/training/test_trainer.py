@@ -92,6 +92,18 @@ def test_without_diagnostics_the_lines_are_the_plain_ones(pools, tiny_data, tmp_
     assert read_metrics(tmp_path / "tiny" / "metrics.jsonl")[0]["memory_bytes"] is None
 
 
+def test_evaluations_do_not_count_as_traffic_of_the_steps(pools, tiny_data, tmp_path):
+    lines = []
+    for every in (0, 3):
+        words = ("memory.owners=tensor_data", f"trainer.eval_every={every}", "checkpoint.every=0")
+        root = tmp_path / str(every)
+        train_in(pools, tiny(tiny_data, root, *words, world_size=2), 2)
+        records = [r for r in read_metrics(root / "tiny" / "metrics.jsonl") if r["kind"] == "train"]
+        lines.append([(r["step"], r["traffic"], r["exchanged_bytes_per_step"]) for r in records])
+    assert lines[0] == lines[1]
+    assert all(traffic["rows"]["sent"] > 0 for _, traffic, _ in lines[0])
+
+
 def test_the_run_folder_says_what_ran(finished):
     assert "num_blocks: 2" in (finished / "config.yaml").read_text()
     environment = json.loads((finished / "environment.json").read_text())

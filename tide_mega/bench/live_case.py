@@ -1,4 +1,7 @@
-"""What live diagnostics add to training steps: steps with and without, taking turns in one process."""
+"""What live diagnostics add to training steps: steps with and without, taking turns in one process.
+
+Being one process, it times no all-reduce: what diagnostics add between ranks is not in it.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +28,17 @@ from tide_mega.training.wandb_logger import WandbLogger
 
 STEP = ("gradients", "optimizer", "losses")
 """Regions that a step has without diagnostics."""
+RECORDING = "recording of router weights"
+"""What gradients take longer in a logged step; no region of its own, for it is spread over the layers."""
 EACH_STEP, LOGGED, EVALUATED = (
     ("loss by decile",),
-    ("gradient norm of each table", "null weight by layer and decile", "memory, means over ranks", "writing"),
+    (
+        RECORDING,
+        "gradient norm of each table",
+        "null weight by layer and decile",
+        "memory, means over ranks",
+        "writing",
+    ),
     ("norms and distances of weights", "writing of these"),
 )
 """Regions that diagnostics add to every step, to a logged one, and to an evaluation."""
@@ -149,6 +160,13 @@ class LiveCost:
         return per_step / self.step.median
 
 
+def recording(logged: list[float], others: list[float]) -> Spread:
+    """Return how much longer gradients took in logged steps than in the median of the others; seconds, from 0."""
+    usual = Spread.of(others).median
+    found = Spread.of(logged)
+    return Spread(*(max(seconds - usual, 0.0) for seconds in (found.median, found.low, found.high)))
+
+
 def measure(case: LiveCase, *, rounds: int, every: int, warmup: int) -> LiveCost:
     """Take steps in turns, without and with, `every` of each in a round, and an evaluation after each round.
 
@@ -172,6 +190,7 @@ def measure(case: LiveCase, *, rounds: int, every: int, warmup: int) -> LiveCost
     plain: list[float] = []
     ratios: list[float] = []
     items: dict[str, list[float]] = {}
+    gradients: dict[bool, list[float]] = {True: [], False: []}
     for _ in range(rounds):
         found, sums = [], [0.0, 0.0]
         for number in range(every):
@@ -179,6 +198,7 @@ def measure(case: LiveCase, *, rounds: int, every: int, warmup: int) -> LiveCost
                 took = timed(logged)
                 sums[side] += sum(took.values())
                 found.append(took)
+                gradients[bool(logged)].append(took["gradients"])
                 if side == 0:
                     plain.append(sum(took.values()))
         ratios.append(sums[1] / sums[0])
@@ -188,5 +208,8 @@ def measure(case: LiveCase, *, rounds: int, every: int, warmup: int) -> LiveCost
         for took in found:
             for region in took.keys() - set(STEP):
                 items.setdefault(region, []).append(took[region])
-    ordered = [name for name in (*EACH_STEP, *LOGGED, *EVALUATED) if name in items]
-    return LiveCost(Spread.of(plain), {n: Spread.of(items[n]) for n in ordered}, Spread.of(ratios))
+    spreads = {name: Spread.of(seconds) for name, seconds in items.items()}
+    if case.case.stage.num_blocks:
+        spreads[RECORDING] = recording(gradients[True], gradients[False])
+    ordered = [name for name in (*EACH_STEP, *LOGGED, *EVALUATED) if name in spreads]
+    return LiveCost(Spread.of(plain), {name: spreads[name] for name in ordered}, Spread.of(ratios))

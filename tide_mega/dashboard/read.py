@@ -49,7 +49,10 @@ def read_run(given: str, source: str = "auto") -> RunHistory:
     if source != "wandb" and (path / METRICS_FILE).is_file():
         return _from_jsonl(label or path.resolve().name, path / METRICS_FILE)
     # A folder of W&B's own has its file in it, a run folder has one such folder for each start.
-    files = sorted(path.glob("run-*.wandb")) or sorted(path.glob("wandb/*run-*/run-*.wandb"))
+    # Their names have the date, which orders runs logged online (run-*) and offline (offline-run-*) alike.
+    files = sorted(path.glob("run-*.wandb")) or sorted(
+        path.glob("wandb/*run-*/run-*.wandb"), key=lambda file: file.parent.name.removeprefix("offline-")
+    )
     if source == "jsonl" or not files:
         wanted = {"jsonl": METRICS_FILE, "wandb": "wandb/offline-run-*/run-*.wandb"}.get(
             source, f"{METRICS_FILE} nor wandb/offline-run-*/run-*.wandb"

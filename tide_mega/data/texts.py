@@ -31,7 +31,7 @@ def text_name(path: Path | str) -> str:
     name = Path(path).name
     for suffix in _JSONL:
         if name.lower().endswith(suffix):
-            return name[: -len(suffix)]
+            return name[: -len(suffix)] or name
     return Path(path).stem
 
 
@@ -137,21 +137,6 @@ def load_texts(
             )
         texts[text.name] = text
     return list(texts.values())
-
-
-def text_batches(
-    path: Path | str,
-    tokenizer: Tokenizer,
-    *,
-    seq_length: int,
-    micro_batch_size: int,
-    max_tokens: int = 0,
-    dp_rank: int = 0,
-    dp_size: int = 1,
-) -> Iterator[TokenBatch]:
-    """Yield a text file's microbatches: `TextSet.load`, then `batches`."""
-    text = TextSet.load(path, tokenizer, max_tokens=max_tokens)
-    return text.batches(seq_length, micro_batch_size, dp_rank=dp_rank, dp_size=dp_size)
 
 
 def _documents(path: Path) -> Iterator[str]:

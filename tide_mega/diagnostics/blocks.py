@@ -39,13 +39,23 @@ class AgainstBlocks:
         return [loss - self.losses[role][0] for loss in self.losses[role]]
 
     def shares(self, role: str = "rare") -> list[float] | None:
-        """What part of the largest K's gain each K has; None where that K gains nothing."""
+        """What part of the largest K's gain each K has; None where that K gains nothing or is unknown.
+
+        A share is not finite where the loss of its K is not.
+        """
         differences = self.differences(role)
-        return [0.0, *(d / differences[-1] for d in differences[1:])] if differences[-1] < 0 else None
+        if not (math.isfinite(differences[-1]) and differences[-1] < 0):
+            return None
+        return [0.0, *(d / differences[-1] for d in differences[1:])]
 
     def slope(self, role: str) -> float:
-        """Change of the loss for each block more, of the straight line fitted by least squares."""
-        return float(np.polyfit(self.blocks, self.losses[role], 1)[0])
+        """Change of the loss for each block more, of the straight line fitted by least squares.
+
+        Losses that are not finite are left out; NaN where fewer than two remain.
+        """
+        blocks, losses = np.array(self.blocks), np.array(self.losses[role])
+        known = np.isfinite(losses)
+        return float(np.polyfit(blocks[known], losses[known], 1)[0]) if known.sum() > 1 else math.nan
 
 
 def measure(runs: Sequence[tuple[int, DecileRun]]) -> AgainstBlocks:
@@ -128,7 +138,7 @@ def blocks_table(data: AgainstBlocks) -> DataTable:
         cells: list[float | None] = [k]
         for role in ROLES:
             cells += [_known(data.losses[role][i]), _known(data.differences(role)[i])]
-        cells.append(None if shares is None else 100 * shares[i])
+        cells.append(None if shares is None else _known(100 * shares[i]))
         rows.append(cells)
     return DataTable.of(columns, rows)
 
@@ -147,6 +157,8 @@ def describe(data: AgainstBlocks) -> list[str]:
     first, last = data.blocks[0], data.blocks[-1]
     changes = {role: data.differences(role)[-1] for role in ROLES}
     known = {role: change for role, change in changes.items() if math.isfinite(change)}
+    if not known:
+        return ["No group has a finite loss at both ends."]
     each = ", ".join(
         f"{role} {data.losses[role][0]:.3f} to {data.losses[role][-1]:.3f} nats ({change:+.3f})"
         for role, change in known.items()
@@ -159,20 +171,19 @@ def describe(data: AgainstBlocks) -> list[str]:
             steeper = data.slope("rare") / data.slope("common")
             sentence += f", and the fitted slope against K {steeper:.1f} times as steep"
         findings.append(sentence + ".")
-    shares = data.shares()
-    if shares is None:
+    if rare >= 0:
         findings.append(f"K = {last} gains nothing on rare tokens, so no share of its gain is given.")
-    elif len(data.blocks) > 2:
-        reached = ", ".join(
-            f"K = {k} {share:.0%}" for k, share in zip(data.blocks[1:-1], shares[1:-1], strict=True)
-        )
-        findings.append(f"Of the rare gain of K = {last} there is: {reached}.")
+    between = list(zip(data.blocks, data.shares() or (), strict=False))[1:-1]
+    if reached := [f"K = {k} {share:.0%}" for k, share in between if math.isfinite(share)]:
+        findings.append(f"Of the rare gain of K = {last} there is: {', '.join(reached)}.")
     return findings
 
 
 def _draw_shares(axis: Axes, blocks: Sequence[int], shares: Sequence[float]) -> None:
-    axis.plot(blocks, [100 * share for share in shares], marker=line(0).marker, color=line(0).colour)
-    for k, share in zip(blocks, shares, strict=True):
+    known = [(k, share) for k, share in zip(blocks, shares, strict=True) if math.isfinite(share)]
+    x, y = [k for k, _ in known], [100 * share for _, share in known]
+    axis.plot(x, y, marker=line(0).marker, color=line(0).colour)
+    for k, share in known:
         axis.annotate(
             f"{share:.0%}",
             (k, 100 * share),

@@ -10,6 +10,8 @@ from tide_mega.evaluation.errors import EvaluationError
 
 FILE = "zero_shot.json"
 FORMAT = 1
+SCORING = 2
+"""Counts the changes of what scoring answers; results of another count are kept, and computed again."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Key:
     """Examples asked for; None means all."""
     precision: str
     harness: str
-    """Its name and version."""
+    """Its name and version, and `SCORING`."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,8 @@ def read(path: Path) -> Stored:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["format"] != FORMAT:
             raise EvaluationError(
-                f"{path} is of format {content['format']}, and this version reads {FORMAT}."
+                f"{path} is of format {content['format']}, and this version reads {FORMAT}: move it away, or "
+                "give another out=<folder>."
             )
         results = [_result(entry) for entry in content["results"]]
         comparison = content["comparison"] and _comparison(content["comparison"])

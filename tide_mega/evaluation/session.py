@@ -27,7 +27,7 @@ from tide_mega.evaluation.options import EvaluateOptions, check
 from tide_mega.evaluation.output import write_all
 from tide_mega.evaluation.replicas import Replicas
 from tide_mega.evaluation.requests import TextScorer
-from tide_mega.evaluation.results import FILE, Comparison, Key, Measured, Result, Stored, read
+from tide_mega.evaluation.results import FILE, SCORING, Comparison, Key, Measured, Result, Stored, read
 from tide_mega.evaluation.scorer import ReplicaScorer
 from tide_mega.parallel.device import Device
 from tide_mega.parallel.groups import make_host_group
@@ -35,6 +35,9 @@ from tide_mega.trained.model import TrainedModel
 from tide_mega.trained.run import TrainedRun
 
 log = logging.getLogger(__name__)
+
+WAIT_MINUTES = 48 * 60.0
+"""The others wait so long for rank 0, which downloads tasks, builds requests and computes standard errors."""
 
 
 def evaluate(options: EvaluateOptions, device: Device) -> Comparison | None:
@@ -57,7 +60,7 @@ def evaluate(options: EvaluateOptions, device: Device) -> Comparison | None:
         raise ConfigError(f"two runs are called {twice[0]}: name them, run=first=<path>,second=<path>.")
     for run in runs:
         _check_topology(run, options)
-    host = make_host_group()
+    host = make_host_group(WAIT_MINUTES)
     with ExitStack() as stack:
         book: _Book | None = None
 
@@ -82,6 +85,21 @@ def _evaluate_run(
     index: int,
     book: "_Book | None",
 ) -> None:
+    _score_run(options, device, host, run, index, book)
+    # Only now has every reference to the model ended.
+    gc.collect()
+    if device.is_cuda:
+        torch.cuda.empty_cache()
+
+
+def _score_run(
+    options: EvaluateOptions,
+    device: Device,
+    host: ProcessGroup,
+    run: TrainedRun,
+    index: int,
+    book: "_Book | None",
+) -> None:
     parallel = ParallelConfig(tensor=options.tensor, pipeline=options.pipeline)
     model = TrainedModel(run, device, precision=options.precision, parallel=parallel)
     replicas = Replicas(ReplicaScorer(model, options.batch), host)
@@ -92,10 +110,6 @@ def _evaluate_run(
             scorer = TextScorer(replicas, run.tokenizer)
             for task in book.missing(index):
                 book.measure(index, task, scorer)
-    del model, replicas
-    gc.collect()
-    if device.is_cuda:
-        torch.cuda.empty_cache()
 
 
 @dataclass
@@ -115,7 +129,7 @@ class _Book:
 
     @classmethod
     def open(cls, options: EvaluateOptions, runs: list[TrainedRun], stack: ExitStack) -> "_Book":
-        version = harness.require()
+        version = f"{harness.require()}, scoring {SCORING}"
         if options.local is None:
             tasks, absent = harness.load_from_hub(options.tasks)
             sources = dict.fromkeys(tasks.names, "hub")

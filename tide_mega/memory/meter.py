@@ -1,5 +1,8 @@
 """Counting what leaves and reaches this process."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from torch import Tensor
 
 
@@ -33,6 +36,15 @@ class TrafficMeter:
         """Count a broadcast of `tensor` from one of `members` processes."""
         if members > 1:
             self.add(kind, size(tensor) if is_root else 0, 0 if is_root else size(tensor))
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What moves in the block is not counted."""
+        sent, received = self._sent.copy(), self._received.copy()
+        try:
+            yield
+        finally:
+            self._sent, self._received = sent, received
 
     def read(self) -> dict[str, dict[str, int]]:
         """Return {kind: {"sent", "received"}} and start from zero."""

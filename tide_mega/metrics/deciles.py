@@ -124,9 +124,9 @@ class NullWeight(SumAndCount):
             _same_shape("labels_BT", labels_BT, "tokens_BT", tokens_BT)
             tokens_N = torch.where(labels_BT.reshape(-1) >= 0, tokens_N, -1)
         null_LN = null_LBT.reshape(self._num_layers, -1).to(torch.float64)
-        null_LN = torch.where(tokens_N >= 0, null_LN, 0.0)
         hot_NS = self._index.one_hot(tokens_N)
-        self.sum += null_LN @ hot_NS.to(torch.float64)
+        # `where` as in DecileLoss, one slot at a time: [L, N, S] would be large.
+        self.sum += torch.stack([torch.where(hot_N, null_LN, 0.0).sum(1) for hot_N in hot_NS.T], dim=1)
         self.count += hot_NS.sum(0)
 
     def reduce(self, all_reduce: AllReduce) -> NullWeightResult:

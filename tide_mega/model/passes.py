@@ -126,7 +126,7 @@ class EvaluatedBatch:
     cross_entropy_BT: Tensor | None
     """In nats, 0 where unlabelled; None except on the last pipeline stage."""
     is_top_BT: Tensor | None
-    """Whether no token is likelier than the label; None as above."""
+    """Whether the label is the likeliest token, of equals the lowest id; None as above."""
     null_weight_LBT: Tensor | None
     alpha_LBTJ: Tensor | None = None
     """All router weights, if asked for."""

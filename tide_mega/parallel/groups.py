@@ -32,8 +32,7 @@ class World:
         """Read RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE; absent means one process alone."""
         rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
-        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        return cls(rank, size, local_rank, local_size)
+        return cls(rank, size, local_rank, local_size=int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 @dataclass(frozen=True)
@@ -237,9 +236,10 @@ class Mpu:
         return dist.get_process_group_ranks(self.groups.data)
 
 
-def make_host_group() -> ProcessGroup:
-    """Make a group of all processes that moves host memory, apart from every other; collective."""
-    return dist.new_group(backend="gloo")
+def make_host_group(timeout_minutes: float | None = None) -> ProcessGroup:
+    """Make a group of all processes that moves host memory, apart from every other; None: torch's timeout."""
+    timeout = None if timeout_minutes is None else timedelta(minutes=timeout_minutes)
+    return dist.new_group(timeout=timeout, backend="gloo")
 
 
 def sum_over(group: ProcessGroup, tensor: torch.Tensor) -> torch.Tensor:

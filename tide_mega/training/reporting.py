@@ -166,7 +166,7 @@ class Reporter:
     def evaluate(self, on_progress: Callable[[], None]) -> None:
         """Evaluate on held-out text, look at the weights, and log both; `on_progress` hears of batches."""
         step = self._state.step
-        with self._ledger.spend("evaluation"):
+        with self._ledger.spend("evaluation"), self._stage.meter.paused():  # traffic is that of training
             self._last_eval = self._evaluator.evaluate(step, self.tokens, on_progress=on_progress)
             self.loggers.log_eval(self._last_eval)
             if self._weights is not None and (found := self._weights.measure(step, self.tokens)) is not None:

@@ -23,7 +23,7 @@ from tide_mega.training.goodput import Ledger
 from tide_mega.training.interrupt import Agreement, Interrupt, RunStoppedError, job_interrupt
 from tide_mega.training.loggers import Loggers, open_loggers
 from tide_mega.training.precision import resolve_precision
-from tide_mega.training.reactions import FAULTS, Reactions
+from tide_mega.training.reactions import EVALUATION_DUE, FAULTS, Reactions
 from tide_mega.training.reporting import Reporter
 from tide_mega.training.runfolder import RunFolder, finished_run, open_run_folder
 from tide_mega.training.schedule import learning_rate
@@ -153,6 +153,8 @@ class Trainer:
         self.ledger.enter("other")
         self.ledger.go_back(state.step)
         self.reporter.start()
+        if state.extra.get(EVALUATION_DUE):
+            self.reporter.evaluate(self.watchdog.beat)
         batches = self._next_batches()
         ahead: Ahead | None = None
         while state.step < self.total_steps and stop is None:
@@ -169,10 +171,11 @@ class Trainer:
                 continue
             if logged:
                 self.reporter.log_step(lr, done)
-            if stop is not None:
+            evaluation_due = self._is_due(state.step, config.trainer.eval_every)
+            if stop is not None:  # a kill may be near: the evaluation is left to the continued run
                 log.info("%s: saving after step %d, then stopping", stop, state.step)
-                self._save()
-            if self._is_due(state.step, config.trainer.eval_every):
+                self._save(evaluation_due=evaluation_due)
+            elif evaluation_due:
                 self.reporter.evaluate(self.watchdog.beat)
             at_end = config.checkpoint.at_end
             if stop is None and self._is_due(state.step, config.checkpoint.every, at_end=at_end):
@@ -210,11 +213,7 @@ class Trainer:
         self.checkpoints.poll()
         if verdict.is_applied:
             self.reporter.add(result, batches)
-        elif verdict.action is Action.SKIP:
-            self.ledger.waste(productive)
-        if verdict.reason is not None:
-            self.reactions.deal_with(verdict)
-        return verdict.action
+        return verdict.action if verdict.reason is None else self.reactions.deal_with(verdict, productive)
 
     def close(self) -> None:
         """End loader processes, close logs, release the engine; say how the run went."""
@@ -239,10 +238,10 @@ class Trainer:
         """Every n steps, and at the last step."""
         return (at_end and step == self.total_steps) or (every > 0 and step % every == 0)
 
-    def _save(self) -> None:
+    def _save(self, *, evaluation_due: bool = False) -> None:
         with self.ledger.spend("checkpoint"):
             self.reporter.keep()
-            self.state.extra[FAULTS] = self.guard.policy.state()
+            self.state.extra |= {FAULTS: self.guard.policy.state(), EVALUATION_DUE: evaluation_due}
             self.checkpoints.save(self.state)
         self.has_checkpoint = True
         self.ledger.mark_saved(self.state.step)

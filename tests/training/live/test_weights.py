@@ -3,6 +3,8 @@
 Shapes: V vocabulary, D width.
 """
 
+import math
+
 import pytest
 import torch
 
@@ -74,12 +76,14 @@ def plant(engine, config, tensors):
             kept.master.copy_(values.flatten()[kept.start : kept.start + kept.master.numel()])
 
 
-def measured(case):
+def measured(case, spoil=lambda tensors: None):
     config = configuration(case)
     engine = build_engine(case, config, build_stage(case, config))
     try:
         if case.num_blocks:
-            plant(engine, config, planted(case.vocab_size, config.model.hidden_size))
+            tensors = planted(case.vocab_size, config.model.hidden_size)
+            spoil(tensors)
+            plant(engine, config, tensors)
         return WeightDiagnostics(engine, bins(case.vocab_size), seed=5).measure(7, 70)
     finally:
         engine.close()
@@ -108,6 +112,19 @@ def test_planted_norms_and_cosines_are_found(pools, case):
     between = [[0, 0.4, 2], [0.4, 0, 1.6], [2, 1.6, 0]]
     for found, expected in zip(record.cosine_distance_between, between, strict=True):
         assert found == pytest.approx(expected, abs=1e-6)
+
+
+def spoil_a_row_of_embedding_and_of_the_second_table(tensors):
+    tensors[0][0, 0] = math.nan  # type 0 is of decile 0, type 1 of decile 1
+    tensors[2][1, 0] = math.inf
+
+
+def test_a_norm_that_is_not_finite_stays_in_its_slot(pools):
+    (record,) = pools(1).run(measured, Case(), spoil_a_row_of_embedding_and_of_the_second_table)
+    assert math.isnan(record.embedding_norm_by_bin["0"])
+    assert record.embedding_norm_by_bin["1"] == pytest.approx(1.0)
+    norms = [record.table_norm_by_block_and_bin[k][slot] for k in range(3) for slot in ("0", "1", "2")]
+    assert norms == pytest.approx([1, 2, 3, 2, math.inf, 6, 3, 6, 9])
 
 
 def test_the_base_model_has_norms_of_its_embedding_alone(pools):

@@ -1,6 +1,6 @@
 """Curves of the training loss as a figure."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -16,9 +16,15 @@ MOST_MARKERS = 40
 _UNITS = ((1e12, "trillions"), (1e9, "billions"), (1e6, "millions"), (1e3, "thousands"))
 
 
-def draw(curves: Sequence[Curve]) -> Figure:
-    """Losses, and with a baseline and others their differences to it."""
-    looks = lines([curve.num_blocks for curve in curves])
+def draw(curves: Sequence[Curve], looks_by_label: Mapping[str, Line] | None = None) -> Figure:
+    """Losses, and with a baseline and others their differences to it.
+
+    Looks are given where the curves are some of the runs that other figures show.
+    """
+    if looks_by_label is None:
+        looks = lines([curve.num_blocks for curve in curves])
+    else:
+        looks = [looks_by_label[curve.label] for curve in curves]
     base = next((i for i, curve in enumerate(curves) if curve.num_blocks == 0), None)
     others = [i for i in range(len(curves)) if i != base]
     with_difference = base is not None and bool(others)

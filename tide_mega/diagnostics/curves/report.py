@@ -6,6 +6,7 @@ from tide_mega.diagnostics.analysis import Analysis, SkippedError
 from tide_mega.diagnostics.curves.plot import STEEP, draw
 from tide_mega.diagnostics.curves.points import Curve, difference, reaches, read_curve
 from tide_mega.diagnostics.section import DataTable, Section
+from tide_mega.plotting.lines import lines
 
 SHARES = (0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 """Of the tokens that all runs have, at which losses stand in the table."""
@@ -13,9 +14,8 @@ MOST_POINTS = 500
 """Of each run in the table of points."""
 
 PAPER = (
-    "The training loss of every TIDE-1B model stays below the baseline's throughout 200 billion tokens, "
-    "ordered by "
-    "K from 2 to 24, the largest lowest."
+    "The training losses of the base model and of TIDE-1B with 2 to 24 blocks are ordered by K, the largest "
+    "lowest (Figure 14)."
 )
 
 
@@ -33,6 +33,8 @@ def run(analysis: Analysis) -> Section:
         curves.append(curve)
     if not curves:
         raise SkippedError("it needs a run with a metrics.jsonl that has training losses")
+    blocks = [one.num_blocks for one in analysis.runs]
+    looks = dict(zip((one.label for one in analysis.runs), lines(blocks), strict=True))
     notes += describe_smoothing(curves)
     notes.append(
         f"The axes span what follows the first {STEEP:.0%} of each run's tokens: what lies outside stands in "
@@ -45,7 +47,7 @@ def run(analysis: Analysis) -> Section:
         paper=PAPER,
         findings=tuple(describe(curves)),
         tables={"curves": milestones(curves), "points": points(curves)},
-        figures={"curves": draw(curves)},
+        figures={"curves": draw(curves, looks)},
         notes=tuple(notes),
     )
 
@@ -109,9 +111,11 @@ def describe(curves: Sequence[Curve]) -> list[str]:
     memory = [curve for curve in curves if curve.num_blocks]
     if len(memory) > 1:
         common = min(int(curve.tokens[-1]) for curve in memory)
-        ordered = sorted(memory, key=lambda curve: curve.at(common) or 0.0)
-        names = " < ".join(f"{curve.label} (K = {curve.num_blocks})" for curve in ordered)
-        findings.append(f"Training losses after {common:,} tokens, the lowest first: {names}.")
+        known = [(at, curve) for curve in memory if (at := curve.at(common)) is not None]
+        if len(known) > 1:
+            ordered = [curve for _, curve in sorted(known, key=lambda one: one[0])]
+            names = " < ".join(f"{curve.label} (K = {curve.num_blocks})" for curve in ordered)
+            findings.append(f"Training losses after {common:,} tokens, the lowest first: {names}.")
     return findings
 
 

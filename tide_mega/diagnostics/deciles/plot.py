@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from tide_mega.diagnostics.deciles.run_losses import DECILES, DecileRun
-from tide_mega.plotting.lines import BASELINE, legend, line
+from tide_mega.plotting.lines import BASELINE, Line, legend, line
 from tide_mega.plotting.style import decile_axis, label, panels
 
 _HEADROOM = 0.16
@@ -21,34 +21,45 @@ def plot_deciles(baseline: DecileRun, runs: Sequence[DecileRun], path: Path) -> 
 
 
 def draw_deciles(
-    baseline: DecileRun | None, runs: Sequence[DecileRun], *, null_weights: bool = True
+    baseline: DecileRun | None,
+    runs: Sequence[DecileRun],
+    *,
+    null_weights: bool = True,
+    looks: Mapping[str, Line] | None = None,
 ) -> Figure:
-    """Losses per decile; gains over the baseline, if there is one; null weights, if runs have memory."""
+    """Losses per decile; gains over the baseline, if there is one; null weights, if runs have memory.
+
+    `looks`, by label, are given where the runs are some of those that other figures show.
+    """
+    if looks is None:
+        looks = {run.label: line(i) for i, run in enumerate(runs)}
+        looks |= {} if baseline is None else {baseline.label: BASELINE}
     with_null = null_weights and any(run.has_memory for run in runs)
     figure, axes = panels(1 + (baseline is not None) + with_null, height=4.6)
     rest = iter(axes[0])
-    _losses(next(rest), baseline, runs)
+    _losses(next(rest), baseline, runs, looks)
     if baseline is not None:
-        _gains(next(rest), baseline, runs)
+        _gains(next(rest), baseline, runs, looks)
     if with_null:
-        _null_weights(next(rest), [(run, i) for i, run in enumerate(runs) if run.has_memory])
+        _null_weights(next(rest), [run for run in runs if run.has_memory], looks)
     return figure
 
 
-def _losses(axis: Axes, baseline: DecileRun | None, runs: Sequence[DecileRun]) -> None:
-    if baseline is not None:
-        x, y = points(baseline.loss_by_slot)
-        axis.plot(x, y, f"{BASELINE.marker}{BASELINE.dash}", color=BASELINE.colour, label=baseline.label)
-    for i, run in enumerate(runs):
+def _losses(
+    axis: Axes, baseline: DecileRun | None, runs: Sequence[DecileRun], looks: Mapping[str, Line]
+) -> None:
+    for run in runs if baseline is None else (baseline, *runs):
         x, y = points(run.loss_by_slot)
-        axis.plot(x, y, f"{line(i).marker}-", color=line(i).colour, label=run.label, markersize=5)
+        look = looks[run.label]
+        size = None if run is baseline else 5
+        axis.plot(x, y, f"{look.marker}{look.dash}", color=look.colour, label=run.label, markersize=size)
     _room_above(axis)
     decile_axis(axis, "target token")
     label(axis, "Held-out loss", axis.get_xlabel(), "cross entropy (nats per token)")
     legend(axis, place="lower left", size=10)
 
 
-def _gains(axis: Axes, baseline: DecileRun, runs: Sequence[DecileRun]) -> None:
+def _gains(axis: Axes, baseline: DecileRun, runs: Sequence[DecileRun], looks: Mapping[str, Line]) -> None:
     width = 0.8 / len(runs)
     for i, run in enumerate(runs):
         gains: dict[str, float | None] = {}
@@ -57,7 +68,7 @@ def _gains(axis: Axes, baseline: DecileRun, runs: Sequence[DecileRun]) -> None:
             gains[slot] = None if before is None or after is None else before - after
         x, y = points(gains)
         middle = [v + width * (i - (len(runs) - 1) / 2) for v in x]
-        bars = axis.bar(middle, y, width, color=line(i).colour, label=run.label)
+        bars = axis.bar(middle, y, width, color=looks[run.label].colour, label=run.label)
         if len(runs) == 1:
             axis.bar_label(bars, fmt="%.3f", fontsize=7, padding=2)
     axis.axhline(0, color="black", linewidth=0.8)
@@ -69,10 +80,10 @@ def _gains(axis: Axes, baseline: DecileRun, runs: Sequence[DecileRun]) -> None:
         legend(axis, inside=0)  # bars leave no room within
 
 
-def _null_weights(axis: Axes, runs: Sequence[tuple[DecileRun, int]]) -> None:
-    for run, i in runs:
+def _null_weights(axis: Axes, runs: Sequence[DecileRun], looks: Mapping[str, Line]) -> None:
+    for run in runs:
         prefix = f"{run.label}, " if len(runs) > 1 else ""
-        look = line(i)
+        look = looks[run.label]
         x, y = points(run.null_mean_by_slot)
         axis.plot(x, y, f"{look.marker}-", color=look.colour, label=f"{prefix}mean over layers")
         x, y = points(run.null_last_by_slot)

@@ -1,6 +1,7 @@
 """Held-out loss per frequency decile, every run against the baseline (paper, Figure 5)."""
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
@@ -15,6 +16,7 @@ from tide_mega.diagnostics.deciles.plot import draw_deciles
 from tide_mega.diagnostics.deciles.rows import Row, build_rows
 from tide_mega.diagnostics.deciles.run_losses import DECILES, OUTSIDE, DecileRun
 from tide_mega.diagnostics.section import Cell, DataTable, Section
+from tide_mega.plotting.lines import lines
 from tide_mega.trained.run import TrainedRun
 
 log = logging.getLogger(__name__)
@@ -36,14 +38,16 @@ def run(analysis: Analysis) -> Section:
     others = [evaluation for evaluation in evaluations if evaluation is not base]
     if not others:
         base, others = None, evaluations
-    rows = build_rows(base, others, analysis.runs[0].deciles.count_ranges)
+    rows = build_rows(base, others, found.of_runs[0].run.deciles.count_ranges)
     checks = {evaluation.label: check_sums(evaluation) for evaluation in evaluations}
     findings = [
         sentence for other in others for sentence in (describe_gains(rows, other), gain_order(rows, other))
     ]
-    findings += [describe_check(label, of_run) for label, of_run in checks.items()]
+    findings += [describe_check(evaluation, checks[evaluation.label]) for evaluation in evaluations]
     findings.append(_tokens_add_up(found.of_runs[0]))
     notes = list(found.notes)
+    blocks = [one.num_blocks for one in analysis.runs]
+    looks = dict(zip((one.label for one in analysis.runs), lines(blocks), strict=True))
     if base is None:
         notes.append("There is nothing to compare with: a baseline and a run with memory show the gains.")
     return Section(
@@ -53,7 +57,7 @@ def run(analysis: Analysis) -> Section:
         paper=PAPER,
         findings=tuple(sentence for sentence in findings if sentence),
         tables={"deciles": decile_table(rows, base, others), "sums": sums_table(checks)},
-        figures={"deciles": draw_deciles(base, others, null_weights=False)},
+        figures={"deciles": draw_deciles(base, others, null_weights=False, looks=looks)},
         notes=tuple(notes),
     )
 
@@ -134,11 +138,9 @@ def gain_order(rows: Sequence[Row], other: DecileRun) -> str:
     )
 
 
-def describe_check(label: str, checks: Sequence[SumCheck]) -> str:
-    """Say whether a run's recorded losses add up."""
-    whole = next((one for one in checks if one.what == "all"), None)
-    if whole is None:
-        return f"{label}: the loss is not finite, so whether the deciles add up to it was not checked."
+def describe_check(evaluation: DecileRun, checks: Sequence[SumCheck]) -> str:
+    """Say whether a run's recorded losses add up, as `check_sums` found."""
+    label = evaluation.label
     if wrong := [one for one in checks if not one.holds]:
         each = ", ".join(f"{one.what} by {one.difference:+.3e} nats" for one in wrong)
         return (
@@ -146,13 +148,28 @@ def describe_check(label: str, checks: Sequence[SumCheck]) -> str:
             "line "
             "in metrics.jsonl was changed, or written by other code."
         )
-    return (
+    whole = next((one for one in checks if one.what == "all"), None)
+    if whole is None:
+        why = _unchecked(evaluation)
+        return f"{label}: {why}, so whether the deciles add up to the overall loss was not checked."
+    sentence = (
         f"{label}: loss x tokens summed over deciles, {' and '.join(OUTSIDE)} types, over {whole.tokens:,} "
         "tokens, "
         f"is the recorded overall loss {whole.recorded:.6f} but for {whole.difference:+.1e} nats "
         f"({abs(whole.in_last_places):.1f} units of float64's last place; rounding of the means can give "
-        f"{whole.bound:.1e}); rare, mid and common add up likewise."
+        f"{whole.bound:.1e})"
     )
+    if likewise := [one.what for one in checks if one is not whole]:
+        sentence += f"; the losses of {', '.join(likewise)} tokens add up likewise"
+    return sentence + "."
+
+
+def _unchecked(evaluation: DecileRun) -> str:
+    if evaluation.loss is None:
+        return "no loss is recorded"
+    if math.isfinite(evaluation.loss):
+        return "the loss of a slot is missing or not finite"
+    return "the loss is not finite"
 
 
 def _tokens_add_up(one: Evaluated) -> str:

@@ -105,7 +105,6 @@ def run(analysis: Analysis) -> Section:
             routing.weight_LSJ[-1], label, len(routing.mean_LJ) - 1
         )
         figures[f"layers_{number}"] = draw_layers(routing.weight_LSJ[..., -1], routing.mean_LJ, label)
-    tokens = int(next(iter(results.values())).count_S.sum())
     return Section(
         name="routing",
         shows="Figure 10",
@@ -121,32 +120,42 @@ def run(analysis: Analysis) -> Section:
         tables={"by_slot": _by_slot(results), "by_layer": _by_layer(results)},
         figures=figures,
         notes=(
-            f"{tokens:,} held-out input tokens. Tokens of no decile are not in the figures by decile: dropped and "
-            "unseen have rows of their own in the table by_slot. Means over all tokens include them.",
+            f"{_routed(results)} held-out input tokens. Tokens of no decile are not in the figures by decile: "
+            "dropped and unseen have rows of their own in the table by_slot. Means over all tokens include them.",
             "Blocks are numbered from 1, layers from 0.",
         ),
     )
 
 
+def _routed(results: dict[str, Routing]) -> str:
+    each = {label: f"{int(of.count_S.sum()):,}" for label, of in results.items()}
+    if len(set(each.values())) == 1:
+        return next(iter(each.values()))
+    return ", ".join(f"{label} {number}" for label, number in each.items())
+
+
 def _findings(label: str, routing: Routing) -> list[str]:
     null_LB = routing.weight_LSJ[:, :NUM_BINS, -1]
     last = len(null_LB) - 1
-    known = [float(weight) for weight in null_LB[last] if not np.isnan(weight)]
+    filled = np.flatnonzero(routing.count_S[:NUM_BINS]).tolist()
+    by_layer = routing.mean_LJ[:, -1]
+    overall = (
+        f"{label}: over all tokens the null bank has {by_layer.mean():.3f} (mean over layers), least in layer "
+        f"{by_layer.argmin()} ({by_layer.min():.3f}), most in layer {by_layer.argmax()} ({by_layer.max():.3f})"
+    )
     found = []
-    if len(known) > 1:
+    if len(filled) > 1:
+        known = null_LB[last, filled].tolist()
         steps = sum(after >= before for before, after in pairwise(known))
         order = "never falls" if steps == len(known) - 1 else f"rises in {steps} of {len(known) - 1} steps"
+        rarest, commonest = _decile(filled[0]), _decile(filled[-1])
         found.append(
-            f"{label}: in the last layer the null bank's mean weight goes from {known[0]:.3f} on the rarest "
-            f"decile to {known[-1]:.3f} on the commonest and {order} with frequency."
+            f"{label}: in the last layer the null bank's mean weight goes from {known[0]:.3f} on {rarest} to "
+            f"{known[-1]:.3f} on {commonest} and {order} with frequency."
         )
-    rising = sum(layer[-1] > layer[0] for layer in null_LB)
-    by_layer = routing.mean_LJ[:, -1]
-    found.append(
-        f"{label}: over all tokens the null bank has {by_layer.mean():.3f} (mean over layers), least in layer "
-        f"{by_layer.argmin()} ({by_layer.min():.3f}), most in layer {by_layer.argmax()} ({by_layer.max():.3f}), "
-        f"and more on the commonest than on the rarest decile in {rising} of {len(null_LB)} layers."
-    )
+        rising = int((null_LB[:, filled[-1]] > null_LB[:, filled[0]]).sum())
+        overall += f", and more on {commonest} than on {rarest} in {rising} of {len(null_LB)} layers"
+    found.append(f"{overall}.")
     blocks_K, effective = routing.mean_LJ[last, :-1], routing.effective_L
     if not np.isnan(effective).all():
         found.append(
@@ -155,6 +164,10 @@ def _findings(label: str, routing: Routing) -> list[str]:
             f"effective use there, {np.nanmin(effective):.1f} to {np.nanmax(effective):.1f} over the layers."
         )
     return found
+
+
+def _decile(index: int) -> str:
+    return {0: "the rarest decile", NUM_BINS - 1: "the commonest decile"}.get(index, f"decile {index}")
 
 
 def _banks(count: int) -> list[str]:

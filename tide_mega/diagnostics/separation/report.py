@@ -93,7 +93,9 @@ def _findings(results: tables.Results, base: str | None, considered: Sequence[Ch
     for pairs in considered:
         name = pairs.category
         if not pairs.measured:
-            found.append(f"{name}: nothing is measured, no pair consists of single tokens here.")
+            found.append(
+                f"{name}: nothing is measured, no pair's sentences differ in the word's token alone."
+            )
             continue
         for label in dict.fromkeys((base or most, most)):
             text = f"{name}, {label}: {_course(results[label][name])}"
@@ -170,8 +172,8 @@ def _notes(considered: Sequence[ChosenPairs], templates: int) -> list[str]:
         pairs.category: sum(verdict.status == "dropped" for verdict in pairs.verdicts) for pairs in considered
     }
     notes += [
-        f"{category}: {number} pairs were dropped, as a word of each is not one token of this tokenizer (table "
-        "pairs)."
+        f"{category}: {number} pairs were dropped, as their sentences do not differ in one token alone, the word "
+        "itself (reasons in table pairs)."
         for category, number in dropped.items()
         if number
     ]

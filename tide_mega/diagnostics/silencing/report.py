@@ -6,6 +6,7 @@ Shapes: L layers.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,9 @@ from tide_mega.trained.model import TrainedModel
 from tide_mega.trained.run import TrainedRun
 
 HELD_OUT = "held-out"
+
+Tokens = dict[tuple[str, str], int]
+"""Tokens scored, by run and text."""
 
 
 @dataclass(frozen=True)
@@ -84,16 +88,12 @@ def run(analysis: Analysis) -> Section:
         SkippedError: no run has memory.
     """
     results: dict[str, dict[str, Silencing]] = {}
-    tokens: dict[str, int] = {}
+    tokens: Tokens = {}
     for opened in analysis.with_memory:
-        model = analysis.model(opened)
-        results[opened.label] = {}
-        for name, batches in _texts(analysis, opened).items():
-            tokens[name] = sum(int((batch.labels_BT >= 0).sum()) for batch in batches)
-            results[opened.label][name] = measure_silencing(
-                lambda layers, model=model, batches=batches: mean_loss(model, batches, layers),  # type: ignore[misc]
-                model.num_layers,
-            )
+        texts = _texts(analysis, opened)
+        for name, batches in texts.items():
+            tokens[opened.label, name] = sum(int((batch.labels_BT >= 0).sum()) for batch in batches)
+        results[opened.label] = _silence(analysis, opened, texts)
     return Section(
         name="silencing",
         shows="Figure 11",
@@ -113,6 +113,17 @@ def run(analysis: Analysis) -> Section:
         },
         notes=(_scored(tokens), *_missing_texts(analysis)),
     )
+
+
+def _silence(
+    analysis: Analysis, opened: TrainedRun, texts: Mapping[str, Sequence[TokenBatch]]
+) -> dict[str, Silencing]:
+    # A function of its own, so that nothing holds this model while the next run's is built.
+    model = analysis.model(opened)
+    return {
+        name: measure_silencing(partial(mean_loss, model, batches), model.num_layers)
+        for name, batches in texts.items()
+    }
 
 
 def _texts(analysis: Analysis, opened: TrainedRun) -> dict[str, list[TokenBatch]]:
@@ -166,12 +177,12 @@ def _by_layer(results: Mapping[str, Mapping[str, Silencing]]) -> DataTable:
     )
 
 
-def _whole_model(results: Mapping[str, Mapping[str, Silencing]], tokens: Mapping[str, int]) -> DataTable:
+def _whole_model(results: Mapping[str, Mapping[str, Silencing]], tokens: Tokens) -> DataTable:
     rows: list[tuple[Cell, ...]] = [
         (
             label,
             name,
-            tokens[name],
+            tokens[label, name],
             math.exp(of.loss),
             float(np.exp(of.all_silenced)),
             rise(of.loss, of.all_silenced),
@@ -192,8 +203,15 @@ def _whole_model(results: Mapping[str, Mapping[str, Silencing]], tokens: Mapping
     )
 
 
-def _scored(tokens: Mapping[str, int]) -> str:
-    listed = ", ".join(f"{number:,} of {name}" for name, number in tokens.items())
+def _scored(tokens: Tokens) -> str:
+    by_run: dict[str, list[str]] = {}
+    for (label, name), number in tokens.items():
+        by_run.setdefault(label, []).append(f"{number:,} of {name}")
+    each = {label: ", ".join(of_texts) for label, of_texts in by_run.items()}
+    if len(set(each.values())) == 1:
+        listed = next(iter(each.values()))
+    else:
+        listed = "; ".join(f"{label} {of_texts}" for label, of_texts in each.items())
     return (
         f"Tokens scored: {listed}. Layers count from 0; a silenced one keeps its attention and feed-forward."
     )

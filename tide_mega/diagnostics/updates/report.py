@@ -16,7 +16,8 @@ from tide_mega.diagnostics.updates.measure import (
     expected_updates,
     measure_updates,
 )
-from tide_mega.plotting.style import GREY, MARKERS, colours, decile_axis, label, panels
+from tide_mega.plotting.lines import Line, line
+from tide_mega.plotting.style import GREY, decile_axis, label, panels
 from tide_mega.trained.run import TrainedRun
 
 PAPER = Schedule(200_000_000_000 / (8 * 2048), 8 * 2048)
@@ -79,8 +80,8 @@ def draw(own: Sequence[Setting], paper: Setting) -> Figure:
     """Least, median and greatest per decile: at the runs' length, and at the paper's beside its Table 1."""
     figure, axes = panels(2)
     for i, setting in enumerate(own):
-        _band(axes[0, 0], setting, colours(len(own))[i], MARKERS[i % len(MARKERS)])
-    _band(axes[0, 1], paper, colours(1)[0], MARKERS[0])
+        _band(axes[0, 0], setting, line(i))
+    _band(axes[0, 1], paper, line(0))
     for tier, (first, last), _, _, printed in PAPER_TABLE:
         name = "paper's Table 1 (WikiText-103)" if tier == PAPER_TABLE[0][0] else None
         axes[0, 1].plot([first, last], [printed] * 2, "X--", color=GREY, label=name, zorder=4)
@@ -93,16 +94,16 @@ def draw(own: Sequence[Setting], paper: Setting) -> Figure:
     return figure
 
 
-def _band(axis: Axes, setting: Setting, colour: str, marker: str) -> None:
+def _band(axis: Axes, setting: Setting, look: Line) -> None:
     filled = [slot for slot in DECILE_SLOTS if setting.slots[slot].types]
     x = [int(slot) for slot in filled]
     low, middle, high = (
         [getattr(setting.slots[slot], which) for slot in filled] for which in ("least", "median", "greatest")
     )
-    axis.fill_between(x, low, high, color=colour, alpha=0.2, label="least to greatest", linewidth=0)
-    axis.plot(x, middle, f"{marker}-", color=colour, label=f"{setting.name}, median")
+    axis.fill_between(x, low, high, color=look.colour, alpha=0.2, label="least to greatest", linewidth=0)
+    axis.plot(x, middle, f"{look.marker}-", color=look.colour, label=f"{setting.name}, median")
     steps = setting.schedule.steps
-    axis.axhline(steps, color=colour, linestyle=":", label=f"one in every step ({steps:,.0f})")
+    axis.axhline(steps, color=look.colour, linestyle=":", label=f"one in every step ({steps:,.0f})")
 
 
 def _table(settings: Sequence[Setting]) -> DataTable:

@@ -1,5 +1,7 @@
 """What a model says of given tokens, without gradient: their cross entropy, and whether each is its first choice.
 
+Of tokens with the same logit, frequent where logits are bf16, the lowest id comes first, as for torch.argmax.
+
 Shapes: N tokens, C tokens of a chunk, D hidden size, W vocabulary entries of this rank, R tensor ranks.
 """
 
@@ -30,8 +32,8 @@ def vocab_scores(
         chunk_tokens: tokens whose logits exist at a time; None chooses by device and size.
 
     Returns:
-        The cross entropy [N] in nats, fp32, 0 where unlabelled; and bool [N], true where no token has a larger
-        logit than the label.
+        The cross entropy [N] in nats, fp32, 0 where unlabelled; and bool [N], true where the label is the
+        lowest of the ids with the largest logit; false where that is NaN.
 
     Raises:
         ValueError: a label is not in the vocabulary (on CPU), or shapes do not fit.
@@ -48,17 +50,22 @@ def vocab_scores(
         logits_CW = (hidden_ND[chosen_C] @ weight_WD.t()).float()
         target_C = logits_CW.gather(1, local_N[chosen_C].clamp(0, weight_WD.size(0) - 1)[:, None]).squeeze(1)
         target_C = torch.where(here_N[chosen_C], target_C, -torch.inf)
-        own_3C = torch.stack((logits_CW.logsumexp(-1), target_C, logits_CW.amax(-1)))
-        all_R3C = _of_all_ranks(own_3C, group, ranks)
-        target_C = all_R3C[:, 1].amax(0)
-        cross_entropy_N[chosen_C] = all_R3C[:, 0].logsumexp(0) - target_C
-        is_top_N[chosen_C] = target_C >= all_R3C[:, 2].amax(0)
+        first_C = logits_CW.argmax(-1)  # the first of equals, on every device
+        top_C = logits_CW.gather(1, first_C[:, None]).squeeze(1)
+        id_C = first_C + rank * weight_WD.size(0)
+        # float64 holds ids exactly.
+        own_4C = torch.stack([x_C.double() for x_C in (logits_CW.logsumexp(-1), target_C, top_C, id_C)])
+        log_sum_RC, target_RC, top_RC, id_RC = _of_all_ranks(own_4C, group, ranks).unbind(1)
+        target_C = target_RC.amax(0)
+        cross_entropy_N[chosen_C] = (log_sum_RC.logsumexp(0) - target_C).float()
+        winner_C = torch.where(top_RC == top_RC.amax(0), id_RC, torch.inf).amin(0)
+        is_top_N[chosen_C] = winner_C == labels_N[chosen_C]
     return cross_entropy_N, is_top_N
 
 
-def _of_all_ranks(own_3C: Tensor, group: ProcessGroup | None, ranks: int) -> Tensor:
+def _of_all_ranks(own_4C: Tensor, group: ProcessGroup | None, ranks: int) -> Tensor:
     if ranks == 1:
-        return own_3C[None]
-    all_R3C = own_3C.new_empty(ranks, *own_3C.shape)
-    dist.all_gather_into_tensor(all_R3C.view(-1), own_3C.view(-1), group=group)
-    return all_R3C
+        return own_4C[None]
+    all_R4C = own_4C.new_empty(ranks, *own_4C.shape)
+    dist.all_gather_into_tensor(all_R4C.view(-1), own_4C.view(-1), group=group)
+    return all_R4C

@@ -57,7 +57,10 @@ class WeightDiagnostics:
     def _norm_sums(self, shard: RowShard) -> tuple[Tensor, Tensor]:
         """Sum the norms of all rows of a table by slot [S, K], and count them [S]."""
         hot_SW = self._index.one_hot(shard.ids()).T
-        sums_SK = sum_over(shard.shards, hot_SW.double() @ shard.norms())
+        norms_WK = shard.norms()
+        # `where`, not a product: a norm that is not finite stays in its slot.
+        sums_K = [torch.where(hot_W[:, None], norms_WK, 0.0).sum(0) for hot_W in hot_SW]
+        sums_SK = sum_over(shard.shards, torch.stack(sums_K))
         return sums_SK.cpu(), sum_over(shard.shards, hot_SW.sum(1)).cpu()
 
     def _distances(self, embedding: RowShard, tables: RowShard) -> Tensor:
