@@ -72,6 +72,51 @@ def test_equally_near_ones_come_by_id(size: int) -> None:
     assert found[:, 0].tolist() == [[2, 9, 20, 21, 30], [2, 5, 9, 20, 30]]
 
 
+@pytest.mark.parametrize("size", [1, 7, 64, 130, 400])
+@pytest.mark.parametrize("spread", [0.0, 1e-7, 1e-5, 1e-3])
+@pytest.mark.parametrize("piece", [33, 8192])
+def test_near_ties_are_in_the_exact_order(
+    size: int, spread: float, piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hundreds lie as near as fp32 can tell, or nearly."""
+    monkeypatch.setattr(cosine_search, "PIECE", piece)
+    generator = torch.Generator().manual_seed(7)
+    rows_VAD = torch.randn(1, 2, 48, generator=generator).repeat(400, 1, 1)
+    rows_VAD += spread * torch.randn(400, 2, 48, generator=generator)
+    rows_VAD[::5] = torch.randn(80, 2, 48, generator=generator)
+    rows_VAD[300:, 1] = rows_VAD[:100, 1]
+    queries = np.array([3, 5, 120, 303, 399])
+    unit_VAD = cosine_search.to_unit(rows_VAD.clone(), range(400))
+    expected = exact_order(unit_VAD, queries, 10)
+    np.testing.assert_array_equal(nearest(tables(rows_VAD, size), queries, everyone(400), 10), expected)
+
+
+def exact_order(unit_VAD: Tensor, queries: np.ndarray, neighbours: int) -> np.ndarray:
+    found = []
+    for v in queries.tolist():
+        cosine_VA = (unit_VAD.double() * unit_VAD[v].double()).sum(-1)
+        cosine_VA[v] = -torch.inf
+        found.append(cosine_VA.argsort(dim=0, descending=True, stable=True)[:neighbours].T.numpy())
+    return np.stack(found)
+
+
+def test_only_rows_that_can_be_nearer_are_looked_at_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_at = []
+    exact = cosine_search._exact
+
+    def counted(query_OD: Tensor, unit_ND: Tensor, is_near_ON: Tensor) -> object:
+        looked_at.append(int(is_near_ON.sum()))
+        return exact(query_OD, unit_ND, is_near_ON)
+
+    monkeypatch.setattr(cosine_search, "_exact", counted)
+    rows_VAD = torch.randn(2_000, 1, 32, generator=torch.Generator().manual_seed(8))
+    queries = np.arange(20)
+    found = nearest(tables(rows_VAD, 100), queries, everyone(2_000), 10)
+    np.testing.assert_array_equal(found, brute_force(rows_VAD, queries, everyone(2_000), 10))
+    assert looked_at[0] == 20 * 10
+    assert sum(looked_at[1:]) < 20 * 10 * np.log(20) * 1.3  # of the n-th hundred, one in n of the nearest
+
+
 def test_neither_the_query_nor_what_is_no_candidate_is_a_neighbour() -> None:
     rows_VAD = torch.ones(30, 2, 4)
     candidates_V = np.arange(30) % 3 == 0

@@ -5,6 +5,7 @@ import logging
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from tide_mega.config.errors import ConfigError
 from tide_mega.data.batch import TokenBatch
@@ -88,3 +89,20 @@ class Analysis:
             dp_size=1,
         )
         return list(batches)
+
+    def held_out_rows(self, run: TrainedRun, number: int) -> list[Tensor]:
+        """Return the tokens [T] of the first `number` of `held_out` that no padding fills up, or of all there are.
+
+        Raises:
+            SkippedError: there is none.
+        """
+        rows = [
+            tokens_T
+            for batch in self.held_out(run)
+            for tokens_T in batch.tokens_BT[(batch.labels_BT >= 0).all(1)]
+        ]
+        if not rows:
+            raise SkippedError(
+                f"it needs held-out text of a whole sequence, {run.config.data.seq_length + 1:,} tokens"
+            )
+        return rows[:number]

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from tide_mega.data.batch import IGNORE_LABEL, TokenBatch
 from tide_mega.diagnostics.analysis import Analysis, SkippedError
 from tide_mega.diagnostics.options import AnalyzeOptions
 from tide_mega.diagnostics.propositions import identity, pairs
@@ -13,6 +14,7 @@ from tide_mega.diagnostics.propositions.pairs import PairDistances, Seen
 from tide_mega.diagnostics.propositions.reach import ALLOWED, limit, reach_targets, rows_apart
 from tide_mega.diagnostics.propositions.reach import separation as apart
 from tide_mega.parallel.device import Device
+from tide_mega.plotting.lines import line
 
 EPS = 1e-5
 
@@ -97,7 +99,7 @@ def measured(closest_rows: float) -> identity.Measured:
     many = np.arange(1.0, 6.0)
     far = PairDistances(2, np.ones((5, 2), int), many, 2 * many, 3 * many, np.full((5, 2), 4.0))
     near = replace(far, inputs_P=many / 10, outputs_P=many / 5, rows_PK=np.full((5, 2), closest_rows))
-    return identity.Measured("run", reach_targets(gains(), EPS), 9, near, far)
+    return identity.Measured("run", reach_targets(gains(), EPS), 9, 2, near, far)
 
 
 def test_findings_compare_closest_with_random_pairs() -> None:
@@ -129,7 +131,9 @@ def test_the_hooks_see_what_the_layers_add(tiny_runs: dict[int, Path], alone: De
 
 
 def test_trained_runs_are_measured(tiny_runs: dict[int, Path], alone: Device) -> None:
-    options = AnalyzeOptions(run=[f"base={tiny_runs[0]}", f"tide={tiny_runs[2]}"], sequences=4, batch=2)
+    options = AnalyzeOptions(
+        run=[f"base={tiny_runs[0]}", f"again={tiny_runs[0]}", f"tide={tiny_runs[2]}"], sequences=4, batch=2
+    )
     section = identity.run(Analysis.open(options, alone))
     assert "rows were found for all" in section.findings[0]
     table = section.tables["pairs"]
@@ -137,6 +141,23 @@ def test_trained_runs_are_measured(tiny_runs: dict[int, Path], alone: Device) ->
     nearest = [row[inputs] for row in table.rows if row[1] == "closest"]
     assert nearest == sorted(nearest, key=lambda value: float(value or 0))
     assert len({row[3:5] for row in table.rows if row[1] == "closest"}) > 1
-    assert len(section.figures["separation"].axes) == 2
+    made, _ = section.figures["separation"].axes
+    assert next(drawn for drawn in made.lines if drawn.get_label() == "tide").get_color() == line(1).colour
+    assert any("last token of 2 held-out contexts of 15 tokens" in note for note in section.notes)
     with pytest.raises(SkippedError):
         identity.run(Analysis.open(AnalyzeOptions(run=[str(tiny_runs[0])]), alone))
+
+
+def test_padding_is_no_context(
+    tiny_runs: dict[int, Path], alone: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    analysis = Analysis.open(AnalyzeOptions(run=[str(tiny_runs[2])], sequences=1, batch=1), alone)
+    (run,) = analysis.runs
+    (whole,) = analysis.held_out(run)
+    expected = identity.measure(analysis, run)
+    nothing = TokenBatch(torch.zeros_like(whole.tokens_BT), torch.full_like(whole.labels_BT, IGNORE_LABEL))
+    padded = [TokenBatch(*map(torch.cat, zip(nothing, whole, nothing, strict=True))), nothing]
+    monkeypatch.setattr(analysis, "held_out", lambda _: padded)
+    found = identity.measure(analysis, run)
+    assert found.contexts == expected.contexts == 1
+    assert np.array_equal(found.closest.inputs_P, expected.closest.inputs_P)

@@ -1,6 +1,7 @@
 """Exact nearest neighbours by cosine in several tables at once, the vocabulary streamed in chunks.
 
-Shapes: N rows of a chunk, V vocabulary, D width, A tables, Q queries, R neighbours, S those kept of a piece.
+Shapes: N rows of a chunk, V vocabulary, D width, A tables, Q queries, R neighbours, O queries that a piece
+might have nearer ones for, P pairs of a query and a row, S rows of a piece that might be nearest.
 """
 
 from collections.abc import Callable, Iterable
@@ -16,8 +17,10 @@ NOBODY = -1
 """Stands where a query has fewer neighbours than asked for."""
 PIECE = 8192
 """Rows compared with the queries at a time."""
-SPARE = 22
-"""Kept of each piece beyond R: the order of near ties is settled in fp64."""
+FEW = 4
+"""Times R: more of a piece that might be nearest are looked through in fp64 before."""
+PAIR_ELEMENTS = 2**21
+"""Of rows that are multiplied one by one at a time."""
 
 Tables = Callable[[], Iterable[tuple[int, Tensor]]]
 """Starts a pass over (first row, rows [N, A, D]) of tables side by side, ascending; the rows are overwritten."""
@@ -54,11 +57,11 @@ def nearest(
             base = first + start
             allowed_N = torch.from_numpy(candidates_V[base : base + len(piece_NAD)])
             for a in range(A):
-                found = _of_piece(
-                    query_QAD[:, a], query_ids_Q - base, piece_NAD[:, a], allowed_N, neighbours + SPARE
+                open_O, place_OS, cosine_OS = _of_piece(
+                    query_QAD[:, a], query_ids_Q - base, piece_NAD[:, a], allowed_N, cosine_QAR[:, a]
                 )
-                ids_QAR[:, a], cosine_QAR[:, a] = _merge(
-                    ids_QAR[:, a], cosine_QAR[:, a], found[0] + base, found[1]
+                ids_QAR[open_O, a], cosine_QAR[open_O, a] = _merge(
+                    ids_QAR[open_O, a], cosine_QAR[open_O, a], place_OS + base, cosine_OS
                 )
     return np.where(np.isfinite(cosine_QAR), ids_QAR, NOBODY)
 
@@ -83,21 +86,59 @@ def _gather(tables: Tables, ids_Q: NDArray[np.integer]) -> Tensor:
 
 
 def _of_piece(
-    query_QD: Tensor, query_place_Q: NDArray[np.integer], unit_ND: Tensor, allowed_N: Tensor, most: int
+    query_QD: Tensor,
+    query_place_Q: NDArray[np.integer],
+    unit_ND: Tensor,
+    allowed_N: Tensor,
+    cosine_QR: NDArray[np.float64],
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
+    """Return which queries the piece might have nearer rows for [O], the rows' places and cosines [O, S].
+
+    `cosine_QR` are those of the nearest so far; a cosine of -inf fills up.
+    """
+    is_closed_N = ~(allowed_N & (unit_ND != 0).any(1))
+    open_O = torch.arange(len(query_QD))
+    for dtype in (torch.float32, torch.float64):
+        cosine_ON = query_QD[open_O].to(dtype) @ unit_ND.to(dtype).T
+        cosine_ON.masked_fill_(is_closed_N, -torch.inf)
+        place_O = torch.from_numpy(query_place_Q)[open_O]
+        is_here_O = (place_O >= 0) & (place_O < len(unit_ND))
+        cosine_ON[is_here_O, place_O[is_here_O]] = -torch.inf
+        # Twice the most by which a dot product of rows of norm 1 can be wrong, in whatever order it is summed.
+        margin = unit_ND.size(1) * torch.finfo(dtype).eps
+        floor_O = torch.from_numpy(cosine_QR[open_O.numpy(), -1]) - margin
+        kept_O = cosine_ON.amax(1) >= floor_O
+        kept_O &= (query_QD[open_O] != 0).any(1)
+        open_O, cosine_ON, floor_O = open_O[kept_O], cosine_ON[kept_O], floor_O[kept_O]
+        most = min(cosine_QR.shape[1], len(unit_ND))
+        floor_O = torch.maximum(floor_O, cosine_ON.topk(most, dim=1).values[:, -1].double() - 2 * margin)
+        is_near_ON = (cosine_ON >= floor_O[:, None]) & cosine_ON.isfinite()
+        if int(is_near_ON.sum()) <= FEW * cosine_QR.shape[1] * len(open_O):
+            break
+    return (open_O.numpy(), *_exact(query_QD[open_O], unit_ND, is_near_ON))
+
+
+def _exact(
+    query_OD: Tensor, unit_ND: Tensor, is_near_ON: Tensor
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Return places in the piece and cosines of the nearest [Q, S], -inf for what is not allowed."""
-    cosine_QN = query_QD @ unit_ND.T
-    cosine_QN.masked_fill_(~(allowed_N & (unit_ND != 0).any(1)), -torch.inf)
-    cosine_QN.masked_fill_(~(query_QD != 0).any(1, keepdim=True), -torch.inf)
-    own = np.flatnonzero((query_place_Q >= 0) & (query_place_Q < len(unit_ND)))
-    cosine_QN[torch.from_numpy(own), torch.from_numpy(query_place_Q[own])] = -torch.inf
-    top = cosine_QN.topk(min(most, len(unit_ND)), dim=1)
-    # A matrix product's rounding depends on its shape, so also on the chunks: this does not.
-    exact_QS = torch.empty(top.values.shape, dtype=torch.float64)
-    for exact_S, place_S, query_D in zip(exact_QS, top.indices, query_QD.double(), strict=True):
-        torch.sum(unit_ND[place_S].double() * query_D, dim=1, out=exact_S)
-    exact_QS.masked_fill_(top.values.isinf(), -torch.inf)
-    return top.indices.numpy(), exact_QS.numpy()
+    """Return places and cosines [O, S] of the rows that are near.
+
+    A matrix product's rounding depends on its shape, so also on the chunks: that of these cosines does not.
+    """
+    o_P, n_P = is_near_ON.nonzero(as_tuple=True)
+    number_O = is_near_ON.sum(1)
+    size = max(1, PAIR_ELEMENTS // unit_ND.size(1))
+    cosine_P = torch.cat(
+        [
+            torch.sum(unit_ND[n].double() * query_OD[o].double(), dim=1)
+            for o, n in zip(o_P.split(size), n_P.split(size), strict=True)
+        ]
+    )
+    at_P = o_P.numpy(), (torch.arange(len(o_P)) - (number_O.cumsum(0) - number_O)[o_P]).numpy()
+    shape = len(query_OD), int(number_O.max()) if len(number_O) else 0
+    place_OS, cosine_OS = np.full(shape, NOBODY, np.int64), np.full(shape, -np.inf)
+    place_OS[at_P], cosine_OS[at_P] = n_P.numpy(), cosine_P.numpy()
+    return place_OS, cosine_OS
 
 
 def _merge(

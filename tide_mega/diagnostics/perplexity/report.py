@@ -115,6 +115,7 @@ def _measure(analysis: Analysis, run: TrainedRun, texts: Sequence[TextSet], foun
         for name, (batches, num_bytes) in sets.items():
             result = score(model, batches, num_bytes)
             measured[name].append(Point(run.tokens_at(weights), weights.step, result, is_logged=False))
+        del model  # before the next is built: the analysis holds one at a time
     logged, logged_held_out = logged_points(run.metrics, run.step)
     for name, points in measured.items():
         found.add(name, run, _joined(run, name, points, logged.pop(name, []), found.notes))

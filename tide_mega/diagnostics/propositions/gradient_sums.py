@@ -3,7 +3,8 @@
 Shapes: V vocabulary, K blocks, D width, U distinct token types of a step.
 """
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -14,6 +15,8 @@ from tide_mega.trained.model import RowGradients
 
 TOLERANCE = 1e-12
 """Relative, of float64 sums in another order."""
+PIECE = 256
+"""Token types whose gradients are squared at a time."""
 
 
 @dataclass(eq=False)
@@ -32,9 +35,8 @@ class GradientSums:
     """Tokens of the type."""
     zeros_V: Tensor
     """Rows, of steps with the token, whose gradient was exactly 0."""
-    steps: int = 0
-    step_tokens: int = 0
-    """Tokens of a step."""
+    step_tokens: list[int] = field(default_factory=list)
+    """Tokens of each step."""
 
     @classmethod
     def zero(cls, vocab_size: int, num_blocks: int) -> "GradientSums":
@@ -52,8 +54,7 @@ class GradientSums:
     def add(self, step: RowGradients) -> None:
         """Take one step's gradients."""
         ids_U = step.ids_U.cpu()
-        self.steps += 1
-        self.step_tokens = max(self.step_tokens, int(step.counts_U.sum()))
+        self.step_tokens.append(int(step.counts_U.sum()))
         self.steps_V[ids_U] += 1
         self.tokens_V[ids_U] += step.counts_U.cpu().double()
         self.embedding_V[ids_U] += _squares(step.embedding_UD)
@@ -63,6 +64,20 @@ class GradientSums:
         self.tables_VK[ids_U] += squares_UK
         self.weakest_V[ids_U] = torch.minimum(self.weakest_V[ids_U], squares_UK.min(1).values)
         self.zeros_V[ids_U] += (squares_UK == 0).sum(1).double()
+
+    def is_of_the_same_text(self, other: "GradientSums") -> bool:
+        """Whether both have steps of the same sizes, and in all as many tokens of each type."""
+        return self.step_tokens == other.step_tokens and torch.equal(
+            *(
+                torch.stack((of.nonzero()[:, 0].double(), of[of > 0]))
+                for of in (self.tokens_V, other.tokens_V)
+            )
+        )
+
+    @property
+    def steps(self) -> int:
+        """Steps taken."""
+        return len(self.step_tokens)
 
     @property
     def num_blocks(self) -> int:
@@ -112,14 +127,16 @@ class OfDecile:
     steps_seen: float
     """Steps with the token, over all types of the decile, those that did not appear too."""
     steps_expected: float
-    """Steps x κ, over the same types: κ = 1 - (1 - f)^BT (paper, F.1)."""
+    """Sum over steps of κ, over the same types: κ = 1 - (1 - f)^BT of a step of BT tokens (paper, F.1)."""
 
 
 def by_decile(sums: GradientSums, bins_V: np.ndarray, counts_V: np.ndarray) -> list[OfDecile]:
     """Average over deciles with a type that appeared; `counts_V` are of the training text."""
     frequency_V = counts_V / max(1, counts_V.sum())
-    # log1p: 1 - f rounds to 1 for the rarest types of a large corpus.
-    kappa_V = -np.expm1(sums.step_tokens * np.log1p(-frequency_V))
+    expected_V = np.zeros(len(frequency_V))
+    for tokens, steps in Counter(sums.step_tokens).items():
+        # log1p: 1 - f rounds to 1 for the rarest types of a large corpus.
+        expected_V -= steps * np.expm1(tokens * np.log1p(-frequency_V))
     seen_V = sums.steps_V.numpy() > 0
     found = []
     for decile in range(NUM_BINS):
@@ -137,11 +154,12 @@ def by_decile(sums: GradientSums, bins_V: np.ndarray, counts_V: np.ndarray) -> l
                 embedding=float(sums.embedding_V[chosen].mean()),
                 pathways=float(pathways.nanmedian()),
                 steps_seen=float(sums.steps_V[torch.from_numpy(of_decile)].mean()),
-                steps_expected=float(sums.steps * kappa_V[of_decile].mean()),
+                steps_expected=float(expected_V[of_decile].mean()),
             )
         )
     return found
 
 
 def _squares(gradient: Tensor) -> Tensor:
-    return gradient.double().square().sum(-1).cpu()
+    # In pieces: in fp64, a step's gradients by all tables are larger than what they were computed with.
+    return torch.cat([rows.double().square().sum(-1) for rows in gradient.split(PIECE)]).cpu()

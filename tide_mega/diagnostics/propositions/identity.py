@@ -1,5 +1,6 @@
 """Proposition 3.3: the memory tells any two tokens apart (paper, section 3.3.3, appendix G)."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,12 +10,13 @@ from matplotlib.figure import Figure
 
 from tide_mega.diagnostics.analysis import Analysis, SkippedError
 from tide_mega.diagnostics.propositions import pairs
+from tide_mega.diagnostics.propositions.looks import looks_of
 from tide_mega.diagnostics.propositions.pairs import PairDistances
 from tide_mega.diagnostics.propositions.reach import TARGETS, Reached, reach_targets
 from tide_mega.diagnostics.propositions.routed_memory import normalised_rows
 from tide_mega.diagnostics.section import Cell, DataTable, Section
 from tide_mega.model.canonical import GAINS
-from tide_mega.plotting.lines import line
+from tide_mega.plotting.lines import Line, line
 from tide_mega.plotting.style import label, panels
 from tide_mega.trained.run import TrainedRun
 
@@ -37,6 +39,8 @@ class Measured:
     label: str
     reached: Reached
     types: int
+    contexts: int
+    """That the types ended."""
     closest: PairDistances
     random: PairDistances
 
@@ -53,7 +57,7 @@ def run(analysis: Analysis) -> Section:
         "to grow too, which are the block's own but shared by all tokens.",
         "That rows at a distance exist does not say that training finds them: the trained rows' distances "
         "do.",
-        f"Distances of pairs are at the last token of {CONTEXTS} held-out contexts of {CONTEXT_TOKENS} "
+        f"Distances of pairs are at the last token of {drawn.contexts} held-out contexts of {CONTEXT_TOKENS} "
         "tokens that both "
         "types end, at the layer where they lie closest. After the first layer the memory of the layers "
         "before has "
@@ -68,7 +72,7 @@ def run(analysis: Analysis) -> Section:
         paper=PAPER,
         findings=tuple(sentence for one in results for sentence in describe(one)),
         tables={"reach": reach_table(results), "pairs": pair_table(results, analysis.runs[0])},
-        figures={"separation": draw(results, drawn)},
+        figures={"separation": draw(results, drawn, looks_of(analysis))},
         notes=tuple(notes),
     )
 
@@ -79,8 +83,7 @@ def measure(analysis: Analysis, one: TrainedRun) -> Measured:
     ids = types_of(one, rng)
     model = analysis.model(one)
     ids_N = torch.from_numpy(ids)
-    held_out = torch.cat([batch.tokens_BT for batch in analysis.held_out(one)[:CONTEXTS]])
-    contexts = held_out[:CONTEXTS, :CONTEXT_TOKENS]
+    contexts = [tokens_T[:CONTEXT_TOKENS] for tokens_T in analysis.held_out_rows(one, CONTEXTS)]
     seen = [pairs.look(model, context_T, ids_N, analysis.options.batch * 4) for context_T in contexts]
     rows_NKD = normalised_rows(model, ids_N.to(model.device.torch_device))
     every = pairs.measure(seen, rows_NKD, pairs.closest_layer(seen))
@@ -89,7 +92,7 @@ def measure(analysis: Analysis, one: TrainedRun) -> Measured:
     random = rng.choice(len(every.inputs_P), number, replace=False)
     reached = reach_targets(one.weights.tensor(GAINS), one.config.model.norm_eps)
     chosen = (_with_ids(every.only(which), ids) for which in (closest, random))
-    return Measured(one.label, reached, len(ids), *chosen)
+    return Measured(one.label, reached, len(ids), len(contexts), *chosen)
 
 
 def types_of(one: TrainedRun, rng: np.random.Generator) -> np.ndarray:
@@ -189,14 +192,14 @@ def pair_table(results: list[Measured], run_of_tokens: TrainedRun) -> DataTable:
     return DataTable.of(columns, rows)
 
 
-def draw(results: list[Measured], drawn: Measured) -> Figure:
+def draw(results: list[Measured], drawn: Measured, looks: Mapping[str, Line]) -> Figure:
     """Distances made against those asked for; trained distances against those of the hidden states."""
     figure, axes = panels(2, width=6.0, height=4.6)
     made, trained = axes[0]
-    for i, one in enumerate(results):
-        of = one.reached
+    for one in results:
+        of, look = one.reached, looks[one.label]
         x, y = ((side / of.limit_K).flatten().tolist() for side in (of.asked_NK, of.made_NK))
-        made.plot(x, y, line(i).marker, color=line(i).colour, label=one.label, markerfacecolor="none")
+        made.plot(x, y, look.marker, color=look.colour, label=one.label, markerfacecolor="none")
     made.plot(
         [TARGETS[0] / 2, 1], [TARGETS[0] / 2, 1], "-", color="black", linewidth=0.8, zorder=0, label="equal"
     )

@@ -44,12 +44,6 @@ class NullBound:
         triples = zip(self.logits, self.largest_memory, self.bounds, strict=True)
         return [s for s, measured, most in triples if measured > most * (1 + TOLERANCE)]
 
-    @property
-    def slack(self) -> float:
-        """The least part of the bound that is not used, over the logits."""
-        pairs = zip(self.largest_memory, self.bounds, strict=True)
-        return min(1 - measured / most for measured, most in pairs)
-
 
 def bound(largest_row: float, num_blocks: int, null_logit: float) -> float:
     """Return K C / (K + e^s)."""

@@ -1,22 +1,22 @@
 """Proposition 3.1: a null logit above s* makes the memory smaller than ε (paper, section 3.3.1, appendix E)."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from tide_mega.diagnostics.analysis import Analysis, SkippedError
 from tide_mega.diagnostics.propositions import memory_norms, routed_memory
+from tide_mega.diagnostics.propositions.looks import looks_of
 from tide_mega.diagnostics.propositions.memory_norms import NullBound
 from tide_mega.diagnostics.propositions.routed_memory import RoutedMemory
 from tide_mega.diagnostics.section import DataTable, Section
 from tide_mega.model.canonical import GAINS, TABLES
-from tide_mega.plotting.lines import legend, line
+from tide_mega.plotting.lines import Line, legend
 from tide_mega.plotting.style import label, panels
 from tide_mega.trained.run import StoredWeights
 
@@ -76,8 +76,8 @@ def run(analysis: Analysis) -> Section:
         at_thresholds, curve, epsilons = check(
             partial(stored_rows, one.weights), gains_KD, one.config.model.norm_eps
         )
-        tokens = torch.cat([batch.tokens_BT for batch in analysis.held_out(one)[:SEQUENCES]])[:SEQUENCES]
-        routed = routed_memory.measure(analysis.model(one), tokens, curve.largest_row)
+        rows = analysis.held_out_rows(one, SEQUENCES)
+        routed = routed_memory.measure(analysis.model(one), rows, curve.largest_row)
         results.append(Checked(one.label, at_thresholds, tuple(epsilons), curve, routed))
     return Section(
         name="null_bound",
@@ -86,7 +86,7 @@ def run(analysis: Analysis) -> Section:
         paper=PAPER,
         findings=tuple(sentence for one in results for sentence in describe(one)),
         tables={"bound": bound_table(results), "layers": layer_table(results)},
-        figures={"null_bound": draw(results)},
+        figures={"null_bound": draw(results, looks_of(analysis))},
         notes=(
             "The bound is a theorem about the softmax and the triangle inequality: that it holds checks the "
             "code and "
@@ -202,12 +202,12 @@ def layer_table(results: list[Checked]) -> DataTable:
     return DataTable.of(columns, rows)
 
 
-def draw(results: list[Checked]) -> Figure:
+def draw(results: list[Checked], looks: Mapping[str, Line]) -> Figure:
     """Largest memory against the null logit with its bound; the trained routers' memory by layer."""
     figure, axes = panels(2, width=6.0, height=4.6)
-    for i, one in enumerate(results):
-        _draw_bound(axes[0, 0], one, i)
-        look = line(i)
+    for one in results:
+        look = looks[one.label]
+        _draw_bound(axes[0, 0], one, look)
         parts = 100 * one.routed.part_L / one.routed.tokens
         axes[0, 1].plot(
             range(len(parts)), parts, f"{look.marker}-", color=look.colour, label=one.label, markersize=5
@@ -231,8 +231,8 @@ def draw(results: list[Checked]) -> Figure:
     return figure
 
 
-def _draw_bound(axis: Axes, one: Checked, index: int) -> None:
-    look, scale = line(index), one.curve.largest_row
+def _draw_bound(axis: Axes, one: Checked, look: Line) -> None:
+    scale = one.curve.largest_row
     name = f"{one.label} (K = {one.curve.num_blocks})"
     axis.plot(one.curve.logits, [most / scale for most in one.curve.bounds], ":", color=look.colour)
     axis.plot(

@@ -2,17 +2,18 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from tide_mega.diagnostics.analysis import Analysis, SkippedError
-from tide_mega.diagnostics.propositions.gradient_sums import GradientSums, OfDecile, by_decile
+from tide_mega.diagnostics.propositions.looks import looks_of
+from tide_mega.diagnostics.propositions.measured_gradients import (
+    Measured,
+    embeddings_before,
+    measure,
+    ratio,
+    ratios,
+)
+from tide_mega.diagnostics.propositions.pathways_plot import draw
 from tide_mega.diagnostics.section import DataTable, Section
-from tide_mega.plotting.lines import BASELINE, legend, line
-from tide_mega.plotting.style import decile_axis, label, panels
-from tide_mega.trained.run import TrainedRun
 
 PAPER = (
     "The expected squared gradient that a token's rows receive over τ steps, summed over the K tables, is at "
@@ -23,15 +24,6 @@ PAPER = (
 )
 
 
-@dataclass(frozen=True)
-class Measured:
-    """One run."""
-
-    label: str
-    sums: GradientSums
-    deciles: list[OfDecile]
-
-
 def run(analysis: Analysis) -> Section:
     """Differentiate the loss of held-out microbatches by the rows they read; see `Section`."""
     memory = [measure(analysis, one) for one in analysis.with_memory]
@@ -40,7 +32,6 @@ def run(analysis: Analysis) -> Section:
         raise SkippedError("it needs held-out text with token types of a frequency decile")
     findings = [sentence for one in memory for sentence in describe(one, base)]
     findings.append(describe_steps(memory[0]))
-    steps = memory[0].sums.steps
     return Section(
         name="pathways",
         shows="Proposition 3.2",
@@ -48,10 +39,9 @@ def run(analysis: Analysis) -> Section:
         paper=PAPER,
         findings=tuple(findings),
         tables={"deciles": decile_table(memory, base), "tables": table_table(memory)},
-        figures={"gradients": draw(memory, base)},
+        figures={"gradients": draw(memory, base, looks_of(analysis))},
         notes=(
-            f"Steps are {steps} held-out microbatches of {memory[0].sums.step_tokens:,} tokens through the "
-            "trained "
+            f"Steps are held-out microbatches of whole sequences ({sizes_of(memory)}) through the trained "
             "model, which stays as it is; gradients are of a microbatch's mean loss, by rows before their "
             "norm.",
             "That the total is at least K times the least table's is arithmetic; how equal the tables are, "
@@ -63,17 +53,32 @@ def run(analysis: Analysis) -> Section:
             "Rows of tables pass a norm and embedding rows do not, so their gradients have different scales, "
             "and Adam "
             "divides each by its own size: a K-fold squared gradient is not a K-fold update.",
+            *apart(memory, base),
         ),
     )
 
 
-def measure(analysis: Analysis, one: TrainedRun) -> Measured:
-    """Take each held-out microbatch of a run as a step."""
-    model = analysis.model(one)
-    sums = GradientSums.zero(one.config.model.vocab_size, one.num_blocks)
-    for batch in analysis.held_out(one):
-        sums.add(model.row_gradients(batch))
-    return Measured(one.label, sums, by_decile(sums, one.bins, one.counts))
+def sizes_of(memory: Sequence[Measured]) -> str:
+    """Say how many steps there are, and of how many tokens; by run where these differ."""
+    by_run = {}
+    for one in memory:
+        tokens = one.sums.step_tokens
+        size = " to ".join(f"{n:,}" for n in sorted({min(tokens, default=0), max(tokens, default=0)}))
+        by_run[one.label] = f"{len(tokens)} of {size} tokens"
+    if len(set(by_run.values())) == 1:
+        return next(iter(by_run.values()))
+    return ", ".join(f"{name} {steps}" for name, steps in by_run.items())
+
+
+def apart(memory: Sequence[Measured], base: Measured | None) -> list[str]:
+    """Name the runs whose sums are over other steps than the baseline's."""
+    names = [one.label for one in memory if base is not None and not one.sums.is_of_the_same_text(base.sums)]
+    if base is None or not names:
+        return []
+    return [
+        f"{', '.join(names)}: the steps have other tokens, or another number of them, than those of "
+        f"{base.label}, so the sums are not compared with its embedding's."
+    ]
 
 
 def describe(one: Measured, base: Measured | None) -> list[str]:
@@ -129,7 +134,6 @@ def decile_table(memory: Sequence[Measured], base: Measured | None) -> DataTable
         *("K x least table (nats²)", "median pathways (1 to K)", "input embedding (nats²)"),
         *("all tables / own embedding", "all tables / baseline's embedding", "steps seen", "steps expected"),
     )
-    before = {row.decile: row.embedding for row in base.deciles} if base is not None else {}
     rows = [
         (
             *(one.label, row.decile, row.types, row.total, row.smallest, row.pathways, row.embedding),
@@ -137,6 +141,7 @@ def decile_table(memory: Sequence[Measured], base: Measured | None) -> DataTable
             *(row.steps_seen, row.steps_expected),
         )
         for one in memory
+        for before in [embeddings_before(one, base)]
         for row in one.deciles
     ]
     return DataTable.of(columns, rows)
@@ -152,81 +157,9 @@ def table_table(memory: Sequence[Measured]) -> DataTable:
     return DataTable.of(("run", "table", "squared gradient, all types (nats²)", "share (%)"), rows)
 
 
-def ratio(value: float, to: float | None) -> float | None:
-    """Divide; None where there is nothing to divide by."""
-    return value / to if to else None
-
-
-def draw(memory: Sequence[Measured], base: Measured | None) -> Figure:
-    """Squared gradients, pathways, ratios to embeddings, and steps, by decile."""
-    figure, axes = panels(2, 2, width=6.0, height=4.6)
-    gradients, pathways, ratios, steps = axes.flat
-    for i, one in enumerate(memory):
-        look, blocks = line(i), one.sums.num_blocks
-        solid = {"marker": look.marker, "color": look.colour, "markersize": 5}
-        x = [row.decile for row in one.deciles]
-        gradients.plot(
-            x, [_positive(row.total) for row in one.deciles], label=f"{one.label}, tables", **solid
-        )
-        gradients.plot(x, [_positive(row.smallest) for row in one.deciles], ":", color=look.colour)
-        pathways.plot(x, [row.pathways for row in one.deciles], label=f"{one.label} (K = {blocks})", **solid)
-        pathways.axhline(blocks, color=look.colour, linestyle=":", linewidth=1)
-        own, against = _ratios(one, base)
-        ratios.plot(x, own, **solid)
-        if base is not None:
-            ratios.plot(x, against, "--", **solid, markerfacecolor="white")
-    _generic(gradients, ":", "K x least table")
-    _generic(pathways, ":", "K")
-    _generic(ratios, "o-", "to its own embedding")
-    if base is not None:
-        _generic(ratios, "o--", f"to that of {base.label}")
-        x = [row.decile for row in base.deciles]
-        y = [_positive(row.embedding) for row in base.deciles]
-        look = BASELINE
-        gradients.plot(
-            x, y, look.dash, marker=look.marker, color=look.colour, label=f"{base.label}, embedding"
-        )
-    first = memory[0].deciles
-    x = [row.decile for row in first]
-    steps.plot(x, [_positive(row.steps_seen) for row in first], "o-", color=line(0).colour, label="seen")
-    expected = [_positive(row.steps_expected) for row in first]
-    steps.plot(x, expected, "s--", color=line(1).colour, label="expected, steps x κ")
-    for axis in (gradients, ratios, steps):
-        axis.set_yscale("log")
-        axis.margins(y=0.15)  # room for the names of the roles
-    pathways.set_ylim(bottom=1, top=1.15 * max(one.sums.num_blocks for one in memory))
-    titles = (
-        (gradients, "Squared gradient of a type's rows", "sum over steps, mean over types (nats²)"),
-        (pathways, "Pathways in effect", "all tables / strongest table (1 to K)"),
-        (ratios, "Tables against the input embedding", "squared gradient, ratio"),
-        (steps, f"Steps with a type, of {memory[0].sums.steps}", "mean over types"),
-    )
-    for axis, title, y_label in titles:
-        decile_axis(axis, "token")
-        label(axis, title, axis.get_xlabel(), y_label)
-        legend(axis, inside=2 if axis is steps or axis is ratios else 0)
-    return figure
-
-
-def _generic(axis: Axes, form: str, text: str) -> None:
-    """Name what a kind of line means, whatever its colour."""
-    axis.plot([], [], form, color="black", markerfacecolor="white" if form == "o--" else None, label=text)
-
-
-def _ratios(one: Measured, base: Measured | None) -> tuple[list[float], list[float]]:
-    """The tables' squared gradient over the own embedding's and over the baseline's, by decile; NaN without."""
-    before = {row.decile: row.embedding for row in base.deciles} if base is not None else {}
-    own = [ratio(row.total, row.embedding) or math.nan for row in one.deciles]
-    return own, [ratio(row.total, before.get(row.decile)) or math.nan for row in one.deciles]
-
-
-def _positive(value: float) -> float:
-    return value if value > 0 else math.nan
-
-
 def _against_embedding(one: Measured, base: Measured | None) -> str:
     parts = []
-    for row, own, other in list(zip(one.deciles, *_ratios(one, base), strict=True))[
+    for row, own, other in list(zip(one.deciles, *ratios(one, base), strict=True))[
         :: len(one.deciles) - 1 or 1
     ]:
         if math.isnan(own):

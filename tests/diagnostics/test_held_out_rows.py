@@ -1,0 +1,34 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from tide_mega.data.batch import IGNORE_LABEL, TokenBatch
+from tide_mega.diagnostics.analysis import Analysis, SkippedError
+from tide_mega.diagnostics.options import AnalyzeOptions
+from tide_mega.parallel.device import choose_device
+
+
+def test_rows_with_padding_are_left_out(tiny_runs: dict[int, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    analysis = Analysis.open(AnalyzeOptions(run=[str(tiny_runs[2])]), choose_device("cpu", 0))
+    (run,) = analysis.runs
+    tokens_BT = torch.arange(12).view(4, 3)
+    labels_BT = tokens_BT + 1
+    labels_BT[1] = IGNORE_LABEL
+    labels_BT[2, 2] = IGNORE_LABEL
+    batches = [TokenBatch(tokens_BT[:2], labels_BT[:2]), TokenBatch(tokens_BT[2:], labels_BT[2:])]
+    monkeypatch.setattr(analysis, "held_out", lambda _: batches)
+    assert [row.tolist() for row in analysis.held_out_rows(run, 9)] == [[0, 1, 2], [9, 10, 11]]
+    assert [row.tolist() for row in analysis.held_out_rows(run, 1)] == [[0, 1, 2]]
+    monkeypatch.setattr(analysis, "held_out", lambda _: [TokenBatch(tokens_BT[1:3], labels_BT[1:3])])
+    with pytest.raises(SkippedError, match="held-out text of a whole sequence, 33 tokens"):
+        analysis.held_out_rows(run, 9)
+
+
+def test_a_batch_larger_than_the_text_adds_no_rows(tiny_runs: dict[int, Path]) -> None:
+    options = AnalyzeOptions(run=[str(tiny_runs[2])], sequences=3, batch=8)
+    analysis = Analysis.open(options, choose_device("cpu", 0))
+    (run,) = analysis.runs
+    (batch,) = analysis.held_out(run)
+    assert len(batch.tokens_BT) == 8
+    assert torch.equal(torch.stack(analysis.held_out_rows(run, 8)), batch.tokens_BT[:3])

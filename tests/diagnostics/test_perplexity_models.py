@@ -1,0 +1,22 @@
+import weakref
+
+from tide_mega.diagnostics import analysis as analyses
+from tide_mega.diagnostics import perplexity
+from tide_mega.diagnostics.analysis import Analysis
+from tide_mega.diagnostics.options import AnalyzeOptions
+from tide_mega.trained.model import TrainedModel
+
+
+def test_one_model_is_in_memory_at_a_time(tiny_runs, alone, monkeypatch):
+    there, before = weakref.WeakSet(), []
+
+    def build(*args, **kwargs):
+        before.append(len(there))
+        model = TrainedModel(*args, **kwargs)
+        there.add(model)
+        return model
+
+    monkeypatch.setattr(analyses, "TrainedModel", build)
+    options = AnalyzeOptions(run=[str(path) for path in tiny_runs.values()], sequences=2, batch=2)
+    perplexity.run(Analysis.open(options, alone))
+    assert before == [0] * 4  # two runs of two checkpoints
