@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tide_mega.config.errors import ConfigError
 from tide_mega.config.hydra_door import parse_tool_cli
-from tide_mega.dashboard.errors import DashboardError
+from tide_mega.dashboard.errors import status_of
 from tide_mega.dashboard.read import read_run
 from tide_mega.data.atomic import write_bytes
 from tide_mega.training.wandb_logger import has_login
@@ -76,15 +76,7 @@ def create(options: Options) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run the tool; return its exit status: 0, 1 for a run or W&B that cannot be used, 2 for a bad option."""
     options = parse_tool_cli(Options, argv, doc=__doc__ or "")
-    try:
-        create(options)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except DashboardError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return status_of(lambda: create(options))
 
 
 if __name__ == "__main__":

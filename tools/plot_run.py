@@ -16,10 +16,10 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
-from tide_mega.config.errors import ConfigError, refuse
+from tide_mega.config.errors import refuse
 from tide_mega.config.hydra_door import parse_tool_cli
 from tide_mega.dashboard.describe import panels_without_data, remarks, summary
-from tide_mega.dashboard.errors import DashboardError
+from tide_mega.dashboard.errors import DashboardError, status_of
 from tide_mega.dashboard.plots import save_plots
 from tide_mega.dashboard.read import SOURCES, read_run
 
@@ -72,15 +72,7 @@ def plot(options: Options) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run the tool; return its exit status: 0, 1 for a run that cannot be read, 2 for a bad option."""
     options = parse_tool_cli(Options, argv, doc=__doc__ or "")
-    try:
-        plot(options)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except DashboardError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return status_of(lambda: plot(options))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -65,15 +66,15 @@ def test_a_run_may_be_named_and_given_as_folder_or_file_of_wandb(both: Path) -> 
     assert read_run(str(file.parent)).rows == read_run(str(both)).rows
 
 
+def log(*steps: int) -> Callable[[WandbLogger], object]:
+    return lambda logger: [logger.log_train(renumbered(train_record(lr=0.1), step)) for step in steps]
+
+
 def test_a_resumed_run_is_read_from_both_of_its_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forget_login(monkeypatch, tmp_path)
     run_dir = tmp_path / "run"
-
-    def log(*steps: int) -> object:
-        return lambda logger: [logger.log_train(renumbered(train_record(lr=0.1), step)) for step in steps]
-
     run_id = write_offline_run(run_dir, log(10, 20, 30))
     (first,) = (run_dir / "wandb").glob("offline-run-*")
     first.rename(first.with_name(f"offline-run-20200101_000000-{run_id}"))
@@ -94,10 +95,6 @@ def test_a_run_started_online_and_resumed_offline_is_read_in_order_of_date(
 ) -> None:
     forget_login(monkeypatch, tmp_path)
     run_dir = tmp_path / "run"
-
-    def log(*steps: int) -> object:
-        return lambda logger: [logger.log_train(renumbered(train_record(lr=0.1), step)) for step in steps]
-
     run_id = write_offline_run(run_dir, log(10, 20, 30))
     (first,) = (run_dir / "wandb").glob("offline-run-*")
     first.rename(first.with_name(f"run-20200101_000000-{run_id}"))

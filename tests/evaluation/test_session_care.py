@@ -13,6 +13,7 @@ pytest.importorskip("lm_eval")
 from tide_mega.evaluation import harness, session
 from tide_mega.evaluation.results import read
 from tide_mega.evaluation.session import evaluate
+from tide_mega.parallel.device import Device
 
 
 def test_results_of_an_earlier_scoring_are_kept_and_computed_again(options, alone):
@@ -30,20 +31,19 @@ def test_results_of_an_earlier_scoring_are_kept_and_computed_again(options, alon
 
 def test_memory_is_freed_when_the_model_is_no_longer_held(options, alone, monkeypatch):
     models, alive = [], []
-    build, collect = session.TrainedModel, session.gc.collect
+    build, free = session.TrainedModel, Device.free_memory
 
     def kept(*args, **kwargs):
         model = build(*args, **kwargs)
         models.append(weakref.ref(model))
         return model
 
-    class Gc:
-        def collect(self):
-            collect()
-            alive.append(models[-1]() is not None)
+    def watched(device):
+        free(device)
+        alive.append(models[-1]() is not None)
 
     monkeypatch.setattr(session, "TrainedModel", kept)
-    monkeypatch.setattr(session, "gc", Gc())
+    monkeypatch.setattr(Device, "free_memory", watched)
     evaluate(replace(options, tasks=["lambada_openai"]), alone)
     assert len(models) == 2 and alive == [False, False]
 

@@ -3,8 +3,9 @@
 from collections.abc import Mapping, Sequence
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from tide_mega.plotting import style
 
 # Okabe and Ito's palette; hatches tell apart what it repeats.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#4d4d4d")
@@ -13,9 +14,7 @@ _HATCHES = ("", "//", "..")
 
 def new_figure(columns: int, width: float = 6.0) -> Figure:
     """Return a figure whose `subplots` are one row of axes."""
-    figure = Figure(figsize=(width * columns, 4.6), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    return style.new_figure(width * columns, 4.6)
 
 
 def stacked(axis: Axes, labels: Sequence[str], parts: Mapping[str, Sequence[float]]) -> None:

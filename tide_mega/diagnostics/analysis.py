@@ -1,10 +1,8 @@
 """What every diagnostic gets: the runs, the options, and models of their checkpoints, one at a time."""
 
-import gc
 import logging
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from tide_mega.config.errors import ConfigError
@@ -13,8 +11,9 @@ from tide_mega.data.loader import validation_batches
 from tide_mega.data.stream import TokenStream
 from tide_mega.diagnostics.options import AnalyzeOptions
 from tide_mega.parallel.device import Device
+from tide_mega.plotting.lines import Line, lines
 from tide_mega.trained.model import TrainedModel
-from tide_mega.trained.run import StoredWeights, TrainedRun
+from tide_mega.trained.run import StoredWeights, TrainedRun, open_runs
 
 log = logging.getLogger(__name__)
 
@@ -39,11 +38,7 @@ class Analysis:
         Raises:
             ConfigError: one cannot be opened, two have one label, or their tokenizers differ.
         """
-        runs = [TrainedRun.open(path, data=options.data) for path in options.run]
-        runs.sort(key=lambda run: run.num_blocks)
-        labels = [run.label for run in runs]
-        if twice := sorted({label for label in labels if labels.count(label) > 1}):
-            raise ConfigError(f"two runs are called {twice[0]}: name them, run=first=<path>,second=<path>.")
+        runs = sorted(open_runs(options.run, options.data), key=lambda run: run.num_blocks)
         if len({run.tokenizer.fingerprint for run in runs}) > 1:
             raise ConfigError("the runs were trained with different tokenizers: analyse them one by one.")
         return cls(runs, options, device)
@@ -65,14 +60,18 @@ class Analysis:
             raise SkippedError("it needs a run with memory (K > 0)")
         return found
 
+    @property
+    def looks(self) -> dict[str, Line]:
+        """Which colour and marker each run has, by its label: the same in every figure, whoever is left out."""
+        looks = lines([run.num_blocks for run in self.runs])
+        return {run.label: look for run, look in zip(self.runs, looks, strict=True)}
+
     def model(self, run: TrainedRun, weights: StoredWeights | None = None) -> TrainedModel:
         """Return a checkpoint's model; the one before is forgotten, so that one at a time is in memory."""
         weights = weights or run.weights
         if self._open is None or self._open[:2] != (run, weights):
             self._open = None
-            gc.collect()
-            if self.device.is_cuda:
-                torch.cuda.empty_cache()
+            self.device.free_memory()
             model = TrainedModel(run, self.device, weights=weights, precision=self.options.precision)
             self._open = (run, weights, model)
         return self._open[2]

@@ -5,13 +5,12 @@ import io
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from tide_mega.data.atomic import write_bytes
 from tide_mega.evaluation.compare import format_cell, is_accuracy
 from tide_mega.evaluation.results import Cell, Comparison
-from tide_mega.plotting.style import GREY, PALETTE
+from tide_mega.plotting.style import GREY, PALETTE, new_figure
 
 NAME = "zero_shot"
 _COLOURS = (GREY, *PALETTE)
@@ -104,8 +103,7 @@ def draw(comparison: Comparison) -> Figure:
     groups = [len(panels[0]) + with_mean, len(panels[1])]
     bar = 0.2 + 0.12 * len(comparison.labels)
     widths = [max(2.4, n * max(1.1, bar)) for n in groups if n]
-    figure = Figure(figsize=(sum(widths) + 1.6, 4.4), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(sum(widths) + 1.6, 4.4)
     axes = iter(figure.subplots(1, len(widths), squeeze=False, width_ratios=widths)[0])
     first = None
     if groups[0]:

@@ -1,6 +1,5 @@
 """An evaluation from its options: checkpoints one after the other, each on every task, kept as it goes."""
 
-import gc
 import logging
 import tempfile
 import time
@@ -10,12 +9,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from tide_mega.checkpoint.manifest import Manifest
-from tide_mega.config.errors import ConfigError, refuse
+from tide_mega.config.errors import refuse
 from tide_mega.config.schema import ParallelConfig
 from tide_mega.config.shape_rules import check_parallel
 from tide_mega.data.atomic import sha256_of
@@ -32,7 +30,7 @@ from tide_mega.evaluation.scorer import ReplicaScorer
 from tide_mega.parallel.device import Device
 from tide_mega.parallel.groups import make_host_group
 from tide_mega.trained.model import TrainedModel
-from tide_mega.trained.run import TrainedRun
+from tide_mega.trained.run import TrainedRun, open_runs
 
 log = logging.getLogger(__name__)
 
@@ -54,10 +52,7 @@ def evaluate(options: EvaluateOptions, device: Device) -> Comparison | None:
         EvaluationError: a process failed, none of the tasks can be had, or `out` has something else.
     """
     check(options)
-    runs = [TrainedRun.open(path, data=options.data) for path in options.run]
-    labels = [run.label for run in runs]
-    if twice := sorted({label for label in labels if labels.count(label) > 1}):
-        raise ConfigError(f"two runs are called {twice[0]}: name them, run=first=<path>,second=<path>.")
+    runs = open_runs(options.run, options.data)
     for run in runs:
         _check_topology(run, options)
     host = make_host_group(WAIT_MINUTES)
@@ -72,27 +67,13 @@ def evaluate(options: EvaluateOptions, device: Device) -> Comparison | None:
         for i, needed in enumerate(_from_rank_0(host, prepare)):
             if needed:
                 _evaluate_run(options, device, host, runs[i], i, book)
+                device.free_memory()  # only now has every reference to the model ended
         comparison = None if book is None else book.finish()
     dist.destroy_process_group(host)
     return comparison
 
 
 def _evaluate_run(
-    options: EvaluateOptions,
-    device: Device,
-    host: ProcessGroup,
-    run: TrainedRun,
-    index: int,
-    book: "_Book | None",
-) -> None:
-    _score_run(options, device, host, run, index, book)
-    # Only now has every reference to the model ended.
-    gc.collect()
-    if device.is_cuda:
-        torch.cuda.empty_cache()
-
-
-def _score_run(
     options: EvaluateOptions,
     device: Device,
     host: ProcessGroup,

@@ -4,6 +4,7 @@ The only lines of the package that differ between CPU and GPU are here and in `m
 """
 
 import functools
+import gc
 import importlib
 import importlib.util
 import os
@@ -51,6 +52,12 @@ class Device:
         if self.is_cuda:
             return torch.cuda.memory_allocated(self.torch_device)
         return psutil.Process().memory_info().rss
+
+    def free_memory(self) -> None:
+        """Give back what nothing refers to any more, cycles included, before something large is built."""
+        gc.collect()
+        if self.is_cuda:
+            torch.cuda.empty_cache()
 
     def peak_memory_bytes(self) -> int:
         """Most memory this process has held: allocated on the GPU, or resident on CPU."""

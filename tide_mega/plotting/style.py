@@ -19,12 +19,18 @@ HEAT, DIVERGING = "cividis", "PuOr_r"
 """Colour maps: ordered values, and values around 0."""
 
 
+def new_figure(width: float, height: float) -> Figure:
+    """Make an empty figure of so many inches."""
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
 def panels(
     columns: int, rows: int = 1, *, width: float = 5.2, height: float = 4.2
 ) -> tuple[Figure, np.ndarray]:
     """Make a figure of panels; axes [rows, columns]."""
-    figure = Figure(figsize=(width * columns, height * rows), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(width * columns, height * rows)
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 

@@ -1,7 +1,7 @@
 """A run folder, or one checkpoint of it, opened for reading."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -178,6 +178,19 @@ class TrainedRun:
         """The decile of each type of the model's vocabulary [V], int8, DROPPED or UNSEEN outside."""
         known = self.deciles.bin_of_type
         return np.pad(known, (0, self.config.model.vocab_size - len(known)), constant_values=UNSEEN)
+
+
+def open_runs(paths: Sequence[str], data: str | None = None) -> list[TrainedRun]:
+    """Open several runs, which their labels tell apart.
+
+    Raises:
+        ConfigError: one cannot be opened, or two have one label.
+    """
+    runs = [TrainedRun.open(path, data=data) for path in paths]
+    labels = [run.label for run in runs]
+    if twice := sorted({label for label in labels if labels.count(label) > 1}):
+        raise ConfigError(f"two runs are called {twice[0]}: name them, run=first=<path>,second=<path>.")
+    return runs
 
 
 def _newest(folder: Path, given: str) -> Path:

@@ -6,7 +6,6 @@ from tide_mega.diagnostics.analysis import Analysis, SkippedError
 from tide_mega.diagnostics.curves.plot import STEEP, draw
 from tide_mega.diagnostics.curves.points import Curve, difference, reaches, read_curve
 from tide_mega.diagnostics.section import DataTable, Section
-from tide_mega.plotting.lines import lines
 
 SHARES = (0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 """Of the tokens that all runs have, at which losses stand in the table."""
@@ -33,8 +32,6 @@ def run(analysis: Analysis) -> Section:
         curves.append(curve)
     if not curves:
         raise SkippedError("it needs a run with a metrics.jsonl that has training losses")
-    blocks = [one.num_blocks for one in analysis.runs]
-    looks = dict(zip((one.label for one in analysis.runs), lines(blocks), strict=True))
     notes += describe_smoothing(curves)
     notes.append(
         f"The axes span what follows the first {STEEP:.0%} of each run's tokens: what lies outside stands in "
@@ -47,7 +44,7 @@ def run(analysis: Analysis) -> Section:
         paper=PAPER,
         findings=tuple(describe(curves)),
         tables={"curves": milestones(curves), "points": points(curves)},
-        figures={"curves": draw(curves, looks)},
+        figures={"curves": draw(curves, analysis.looks)},
         notes=tuple(notes),
     )
 

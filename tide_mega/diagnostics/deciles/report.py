@@ -16,7 +16,6 @@ from tide_mega.diagnostics.deciles.plot import draw_deciles
 from tide_mega.diagnostics.deciles.rows import Row, build_rows
 from tide_mega.diagnostics.deciles.run_losses import DECILES, OUTSIDE, DecileRun
 from tide_mega.diagnostics.section import Cell, DataTable, Section
-from tide_mega.plotting.lines import lines
 from tide_mega.trained.run import TrainedRun
 
 log = logging.getLogger(__name__)
@@ -46,8 +45,6 @@ def run(analysis: Analysis) -> Section:
     findings += [describe_check(evaluation, checks[evaluation.label]) for evaluation in evaluations]
     findings.append(_tokens_add_up(found.of_runs[0]))
     notes = list(found.notes)
-    blocks = [one.num_blocks for one in analysis.runs]
-    looks = dict(zip((one.label for one in analysis.runs), lines(blocks), strict=True))
     if base is None:
         notes.append("There is nothing to compare with: a baseline and a run with memory show the gains.")
     return Section(
@@ -57,7 +54,7 @@ def run(analysis: Analysis) -> Section:
         paper=PAPER,
         findings=tuple(sentence for sentence in findings if sentence),
         tables={"deciles": decile_table(rows, base, others), "sums": sums_table(checks)},
-        figures={"deciles": draw_deciles(base, others, null_weights=False, looks=looks)},
+        figures={"deciles": draw_deciles(base, others, null_weights=False, looks=analysis.looks)},
         notes=tuple(notes),
     )
 

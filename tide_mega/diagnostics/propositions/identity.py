@@ -10,7 +10,6 @@ from matplotlib.figure import Figure
 
 from tide_mega.diagnostics.analysis import Analysis, SkippedError
 from tide_mega.diagnostics.propositions import pairs
-from tide_mega.diagnostics.propositions.looks import looks_of
 from tide_mega.diagnostics.propositions.pairs import PairDistances
 from tide_mega.diagnostics.propositions.reach import TARGETS, Reached, reach_targets
 from tide_mega.diagnostics.propositions.routed_memory import normalised_rows
@@ -72,7 +71,7 @@ def run(analysis: Analysis) -> Section:
         paper=PAPER,
         findings=tuple(sentence for one in results for sentence in describe(one)),
         tables={"reach": reach_table(results), "pairs": pair_table(results, analysis.runs[0])},
-        figures={"separation": draw(results, drawn, looks_of(analysis))},
+        figures={"separation": draw(results, drawn, analysis.looks)},
         notes=tuple(notes),
     )
 

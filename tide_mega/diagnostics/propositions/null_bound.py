@@ -11,7 +11,6 @@ from torch import Tensor
 
 from tide_mega.diagnostics.analysis import Analysis, SkippedError
 from tide_mega.diagnostics.propositions import memory_norms, routed_memory
-from tide_mega.diagnostics.propositions.looks import looks_of
 from tide_mega.diagnostics.propositions.memory_norms import NullBound
 from tide_mega.diagnostics.propositions.routed_memory import RoutedMemory
 from tide_mega.diagnostics.section import DataTable, Section
@@ -86,7 +85,7 @@ def run(analysis: Analysis) -> Section:
         paper=PAPER,
         findings=tuple(sentence for one in results for sentence in describe(one)),
         tables={"bound": bound_table(results), "layers": layer_table(results)},
-        figures={"null_bound": draw(results, looks_of(analysis))},
+        figures={"null_bound": draw(results, analysis.looks)},
         notes=(
             "The bound is a theorem about the softmax and the triangle inequality: that it holds checks the "
             "code and "

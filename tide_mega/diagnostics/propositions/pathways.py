@@ -4,7 +4,6 @@ import math
 from collections.abc import Sequence
 
 from tide_mega.diagnostics.analysis import Analysis, SkippedError
-from tide_mega.diagnostics.propositions.looks import looks_of
 from tide_mega.diagnostics.propositions.measured_gradients import (
     Measured,
     embeddings_before,
@@ -39,7 +38,7 @@ def run(analysis: Analysis) -> Section:
         paper=PAPER,
         findings=tuple(findings),
         tables={"deciles": decile_table(memory, base), "tables": table_table(memory)},
-        figures={"gradients": draw(memory, base, looks_of(analysis))},
+        figures={"gradients": draw(memory, base, analysis.looks)},
         notes=(
             f"Steps are held-out microbatches of whole sequences ({sizes_of(memory)}) through the trained "
             "model, which stays as it is; gradients are of a microbatch's mean loss, by rows before their "

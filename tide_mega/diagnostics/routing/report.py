@@ -17,7 +17,6 @@ from tide_mega.diagnostics.analysis import Analysis
 from tide_mega.diagnostics.routing.plots import draw_layers, draw_null, draw_one_layer
 from tide_mega.diagnostics.section import Cell, DataTable, Section
 from tide_mega.metrics.slots import SLOTS, SlotIndex
-from tide_mega.plotting.lines import lines
 from tide_mega.trained.run import TrainedRun
 
 
@@ -94,12 +93,8 @@ def run(analysis: Analysis) -> Section:
         SkippedError: no run has memory.
     """
     results = {run.label: measure_routing(analysis, run) for run in analysis.with_memory}
-    looks = dict(
-        zip((r.label for r in analysis.runs), lines([r.num_blocks for r in analysis.runs]), strict=True)
-    )
-    figures = {
-        "null_by_decile": draw_null({label: r.weight_LSJ[..., -1] for label, r in results.items()}, looks)
-    }
+    null_weights = {label: routing.weight_LSJ[..., -1] for label, routing in results.items()}
+    figures = {"null_by_decile": draw_null(null_weights, analysis.looks)}
     for number, (label, routing) in enumerate(results.items(), start=1):
         figures[f"last_layer_{number}"] = draw_one_layer(
             routing.weight_LSJ[-1], label, len(routing.mean_LJ) - 1

@@ -21,7 +21,6 @@ from tide_mega.diagnostics.separation.pairs import (
     sampled_rare_pairs,
 )
 from tide_mega.diagnostics.separation.plot import draw_heat, draw_lines
-from tide_mega.plotting.lines import lines
 from tide_mega.trained.model import TrainedModel
 from tide_mega.trained.run import TrainedRun
 
@@ -144,7 +143,7 @@ def _rarity(considered: Sequence[ChosenPairs], first: TrainedRun) -> list[str]:
 
 
 def _figures(analysis: Analysis, results: tables.Results, chosen: Sequence[ChosenPairs]) -> dict[str, Figure]:
-    looks = dict(zip(results, lines([run.num_blocks for run in analysis.runs]), strict=True))
+    looks = analysis.looks
     base = None if analysis.base is None else analysis.base.label
     if len({run.config.model.num_layers for run in analysis.runs}) > 1:
         base = None
