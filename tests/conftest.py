@@ -1,11 +1,11 @@
 """Fixtures shared by the whole suite."""
 
-import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.support.package_log import package_log_kept
 from tests.support.runs import tiny, train_here
 from tide_mega.bench.own_text import prepare_own_text
 from tide_mega.parallel.device import Device, choose_device
@@ -15,12 +15,9 @@ from tide_mega.parity.pool import WorkerPool
 
 @pytest.fixture(autouse=True)
 def package_log() -> Iterator[None]:
-    """Leave the package's logger as it was: entry points called in this process set it up for a terminal."""
-    logger = logging.getLogger("tide_mega")
-    handlers, propagates, level = list(logger.handlers), logger.propagate, logger.level
-    yield
-    logger.handlers, logger.propagate = handlers, propagates
-    logger.setLevel(level)
+    """Keep what a test does to the package's logger to that test; fixtures of wider scope keep their own."""
+    with package_log_kept():
+        yield
 
 
 @pytest.fixture(scope="session")

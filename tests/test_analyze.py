@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from tests.support.package_log import package_log_kept
 from tide_mega.analyze import main
 from tide_mega.diagnostics.registry import DIAGNOSTICS
 
@@ -18,7 +19,8 @@ def runs(tiny_runs, *more):
 def analysed(tiny_runs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("analysed")
     (folder / "prose.txt").write_text("The memory tells every layer which token it reads. " * 40)
-    assert main(runs(tiny_runs, f"out={folder / 'out'}", f"texts={folder / 'prose.txt'}")) == 0
+    with package_log_kept():
+        assert main(runs(tiny_runs, f"out={folder / 'out'}", f"texts={folder / 'prose.txt'}")) == 0
     return folder / "out"
 
 

@@ -31,7 +31,7 @@ def test_shares_are_those_of_the_items(tool, tmp_path, capsys, words):
     names = ["loss by decile", "null weight by layer and decile", "memory, means over ranks", "writing"]
     names += ["norms and distances of weights", "writing of these"]
     if "blocks=0" not in words:
-        names.insert(1, "gradient norm of each table")
+        names[1:1] = ["recording of router weights", "gradient norm of each table"]
     assert set(found["items"]) == set(names)
     seconds = {name: item["median"] for name, item in found["items"].items()}
     logged = sum(seconds[name] for name in names[1:-2])

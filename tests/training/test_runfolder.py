@@ -1,4 +1,5 @@
 import json
+import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -51,9 +52,10 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
 
 
 def test_the_same_run_opens_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    reopen(config(tmp_path))
-    reopen(config(tmp_path))
-    assert caplog.records == []
+    with caplog.at_level(logging.INFO, "tide_mega"):
+        first, again = reopen(config(tmp_path)), reopen(config(tmp_path))
+    assert first == again
+    assert caplog.messages == [f"{first.path}: start 1", f"{first.path}: start 2"]
 
 
 def test_what_may_change_is_logged_and_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
