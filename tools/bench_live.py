@@ -16,33 +16,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tide_mega.bench.step_options import StepOptions, configuration
+from tide_mega.bench.step_choice import StepChoice
 from tide_mega.config.errors import ConfigError, refuse
 from tide_mega.config.hydra_door import parse_tool_cli
 from tide_mega.data.atomic import write_json
 
 
 @dataclass
-class LiveOptions:
+class LiveOptions(StepChoice):
     """What a user may say."""
 
-    model: str = "demo"
-    """demo, 350m, 750m, 1b or 3b."""
     blocks: int = 4
     """K."""
-    layers: int | None = None
-    """Instead of the model's."""
-    micro_batch: int = 8
-    """Sequences of a microbatch."""
-    accumulation: int = 1
-    """Microbatches of a step."""
-    seq_length: int | None = None
-    """Tokens of a sequence; null means 2048, and 256 for demo."""
-    precision: str = "auto"
-    """bf16, fp32, or auto: bf16 where the device computes faster in it."""
-    device: str = "auto"
-    threads: int | None = None
-    """CPU threads; null means all cores."""
     rounds: int = 10
     every: int = 10
     """Steps of a round, one of them logged."""
@@ -53,35 +38,18 @@ class LiveOptions:
     warmup: int = 3
     wandb: bool = True
     """Whether records also go to an offline W&B run."""
-    overrides: list[str] = field(default_factory=list)
-    """Further words of the training's command line, as in overrides=memory.owners=tensor."""
-    out: str | None = None
-    """JSON file to write."""
 
+    def validate(self) -> None:
+        """Refuse options that cannot be meant.
 
-def validate(options: LiveOptions) -> None:
-    """Refuse options that cannot be meant.
-
-    Raises:
-        ConfigError: naming the option.
-    """
-    at_least_one = ("micro_batch", "accumulation", "seq_length", "layers", "threads", "rounds", "every")
-    for key in (*at_least_one, "eval_every", "warmup"):
-        value = getattr(options, key)
-        if value is not None and value < 1:
-            refuse(key, value, "is too small", "give 1 or more")
-    if options.blocks < 0:
-        refuse("blocks", options.blocks, "is negative", "give 0 or more")
-    if not options.cadences or min(options.cadences) < 1:
-        refuse("cadences", options.cadences, "is not a list of numbers from 1", "give, say, 10,25")
-    for key, choices in {
-        "precision": ("auto", "bf16", "fp32"),
-        "device": ("auto", "cpu", "cuda"),
-    }.items():
-        if getattr(options, key) not in choices:
-            refuse(key, getattr(options, key), "is unknown", f"use {', '.join(choices)}")
-    if options.out is not None and not Path(options.out).parent.is_dir():
-        refuse("out", options.out, "lies in a folder that does not exist", "make the folder first")
+        Raises:
+            ConfigError: naming the option.
+        """
+        super().validate()
+        self.at_least(1, "rounds", "every", "eval_every", "warmup")
+        self.at_least(0, "blocks")
+        if not self.cadences or min(self.cadences) < 1:
+            refuse("cadences", self.cadences, "is not a list of numbers from 1", "give, say, 10,25")
 
 
 def bench(options: LiveOptions) -> dict[str, Any]:
@@ -98,9 +66,7 @@ def bench(options: LiveOptions) -> dict[str, Any]:
     threads = set_threads(options.threads, 1)
     fastest = "bf16" if device.has_fast_bf16() else "fp32"
     precision = fastest if options.precision == "auto" else options.precision
-    shared = ("model", "layers", "micro_batch", "accumulation", "seq_length", "overrides")
-    as_step = StepOptions(**{key: getattr(options, key) for key in shared})
-    config = configuration(as_step, options.model, options.blocks, precision)
+    config = options.configuration(options.model, options.blocks, precision)
     start_distributed(device, World(0, 1, 0, 1), 30.0)
     try:
         case = LiveCase(config, device, options.accumulation, wandb=options.wandb)
@@ -153,7 +119,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the tool; returns its exit status: 0, or 2 for a bad option."""
     options = parse_tool_cli(LiveOptions, argv, doc=__doc__ or "")
     try:
-        validate(options)
+        options.validate()
         found = bench(options)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -18,7 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tide_mega.bench.step_options import StepOptions, configuration, validate
+from tide_mega.bench.step_options import StepOptions
 from tide_mega.config.errors import ConfigError, refuse
 from tide_mega.config.hydra_door import parse_tool_cli
 from tide_mega.data.atomic import write_json
@@ -45,7 +45,7 @@ def bench(options: StepOptions) -> dict[str, Any]:
     precision = fastest if options.precision == "auto" else options.precision
     room = _gpu_memory() if device.is_cuda else None
     model = options.model if options.model != "auto" else largest_model(options, precision, room)
-    configs = {k: configuration(options, model, k, precision) for k in sorted({0, *options.blocks})}
+    configs = {k: options.configuration(model, k, precision) for k in sorted({0, *options.blocks})}
     print(f"measuring the bandwidth of {device.name}", file=sys.stderr)
     size = None if options.bandwidth_mb is None else options.bandwidth_mb * 10**6
     bandwidth = measure_bandwidth(device.torch_device, size=size)
@@ -88,7 +88,7 @@ def largest_model(options: StepOptions, precision: str, room: int | None) -> str
     if room is None:
         refuse("model", "auto", "needs a GPU to fit", "name a model")
     for model in LARGEST_FIRST:
-        if fits([configuration(options, model, max(options.blocks), precision)], room):
+        if fits([options.configuration(model, max(options.blocks), precision)], room):
             return model
     raise ConfigError(
         f"No paper model with K={max(options.blocks)} fits {room / 1e9:.1f} GB: give a smaller K or layers."
@@ -114,7 +114,7 @@ def prediction(options: StepOptions) -> dict[str, Any]:
     gpu = GPUS[options.gpu]
     tflops = peak_tflops(gpu.name, "bf16")
     assert tflops is not None
-    config = configuration(options, "1b" if options.model == "auto" else options.model, 0, "bf16")
+    config = options.configuration("1b" if options.model == "auto" else options.model, 0, "bf16")
     tokens = options.micro_batch * config.data.seq_length
     lines = []
     for accumulation in options.accumulations:
@@ -147,7 +147,7 @@ def main(argv: list[str] | None = None) -> int:
 
     options = parse_tool_cli(StepOptions, argv, doc=__doc__ or "")
     try:
-        validate(options)
+        options.validate()
         found = prediction(options) if options.predict else bench(options)
     except (ConfigError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)

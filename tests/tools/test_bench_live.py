@@ -1,25 +1,19 @@
 """The benchmark of live diagnostics through its command line: its figures hang together, and what it refuses."""
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.support.tools import tool_module
+
 TINY = ["layers=1", "micro_batch=2", "seq_length=16", "threads=1", "device=cpu", "precision=fp32"]
 TINY += ["rounds=2", "every=3", "warmup=1", "wandb=false", "eval_every=50"]
 
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("bench_live", ROOT / "tools" / "bench_live.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    with tool_module("bench_live") as module:
+        yield module
 
 
 @pytest.mark.parametrize("words", [["blocks=2"], ["blocks=0"], ["blocks=2", "accumulation=2"]], ids=" ".join)

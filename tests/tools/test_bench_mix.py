@@ -1,24 +1,19 @@
 """The mix benchmark through its command line: what it writes hangs together, and what it refuses."""
 
-import importlib.util
 import json
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.support.tools import tool_module
+
 TINY = ["tokens=64", "width=16", "vocab=90", "repeats=2", "threads=1", "bandwidth_mb=1", "device=cpu"]
 
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("bench_mix", ROOT / "tools" / "bench_mix.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # the options' help is read from their source
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    with tool_module("bench_mix") as module:
+        yield module
 
 
 def test_table_json_and_figure_agree(tool, tmp_path, capsys):

@@ -1,28 +1,22 @@
 """The step benchmark through its command line: what it writes hangs together, and what it refuses."""
 
-import importlib.util
 import json
 import sys
-from pathlib import Path
 
 import pytest
 
+from tests.support.tools import tool_module
 from tide_mega.config.schema import MemoryConfig
 from tide_mega.config.sizes import flops_per_token
 
-ROOT = Path(__file__).parents[2]
 TINY = ["layers=1", "micro_batch=2", "seq_length=16", "steps=2", "warmup=1", "op_repeats=2", "threads=1"]
 TINY += ["bandwidth_mb=1", "device=cpu", "peaks=false", "overrides=model.vocab_size=512"]
 
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("bench_step", ROOT / "tools" / "bench_step.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    with tool_module("bench_step") as module:
+        yield module
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -33,9 +27,7 @@ def test_table_json_and_figure_agree(tool, tmp_path, capsys, precision):
     found = json.loads(out.read_text())
     base, tide = found["lines"]
     assert (base["blocks"], tide["blocks"]) == (0, 3)
-    config = tool.configuration(
-        tool.StepOptions(layers=1, overrides=["model.vocab_size=512"]), "demo", 3, "fp32"
-    )
+    config = tool.StepOptions(layers=1, overrides=["model.vocab_size=512"]).configuration("demo", 3, "fp32")
     for line, blocks in ((base, 0), (tide, 3)):
         step = line["seconds"]["total"]["median"]
         assert line["tokens_per_second"] == pytest.approx(2 * 2 * 16 / step)

@@ -1,27 +1,23 @@
 """The parity tool, from its arguments to its exit status."""
 
-import importlib.util
 import threading
-from pathlib import Path
 
 import pytest
 
+from tests.support.tools import tool_module
 from tide_mega.parity.case import Case
 from tide_mega.parity.check import compare
 from tide_mega.parity.deviation import Deviation
 from tide_mega.parity.grid import FULL, QUICK
 from tide_mega.parity.pool import WorkerPool
 
-ROOT = Path(__file__).parents[2]
 SOUND = Deviation(1e-7, 2e-7, {"layers.0.mlp.linear_fc1.weight": 3e-6, "memory.tables": 1e-7})
 
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("check_parity", ROOT / "tools" / "check_parity.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    with tool_module("check_parity") as module:
+        yield module
 
 
 @pytest.fixture

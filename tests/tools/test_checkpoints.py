@@ -1,24 +1,15 @@
 """The checkpoint tool: what it lists, finds damaged and finds different."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 
 from tests.support.checkpoints import write_step
-
-ROOT = Path(__file__).parents[2]
+from tests.support.tools import tool_module
 
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("checkpoints", ROOT / "tools" / "checkpoints.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # the options' help is read from their source
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    with tool_module("checkpoints") as module:
+        yield module
 
 
 @pytest.fixture

@@ -1,27 +1,21 @@
 """The GPU kernels compiled ahead of time: figures without a GPU, and faults that are found."""
 
-import importlib.util
 import json
 import os
 import sys
-from pathlib import Path
 
 import pytest
+
+from tests.support.tools import tool_module
 
 pytest.importorskip("triton", reason="triton is not installed")
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="triton compiles on Linux")
 
-ROOT = Path(__file__).parents[2]
-
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("compile_kernels", ROOT / "tools" / "compile_kernels.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # the options' help is read from their source
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    with tool_module("compile_kernels") as module:
+        yield module
 
 
 @pytest.fixture(scope="module")

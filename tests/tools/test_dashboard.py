@@ -1,6 +1,5 @@
 """The dashboard tool and the plotting tool, as they are called."""
 
-import importlib.util
 import json
 import sys
 from collections.abc import Iterator
@@ -11,30 +10,21 @@ import pytest
 
 import tide_mega.dashboard
 from tests.dashboard.samples import eval_record, forget_login, renumbered, train_record
+from tests.support.tools import tool_module
 from tide_mega.metrics.jsonl import JsonlLogger
-
-ROOT = Path(__file__).parents[2]
-
-
-def load(name: str) -> Iterator[ModuleType]:
-    spec = importlib.util.spec_from_file_location(f"tool_{name}", ROOT / "tools" / f"{name}.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # the options' help is read from their source
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
 
 
 @pytest.fixture(scope="module")
 def dashboard() -> Iterator[ModuleType]:
     pytest.importorskip("wandb_workspaces")
-    yield from load("dashboard")
+    with tool_module("dashboard") as module:
+        yield module
 
 
 @pytest.fixture(scope="module")
 def plot_run() -> Iterator[ModuleType]:
-    yield from load("plot_run")
+    with tool_module("plot_run") as module:
+        yield module
 
 
 @pytest.fixture

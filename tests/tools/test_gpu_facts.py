@@ -1,4 +1,3 @@
-import importlib.util
 import json
 import os
 import subprocess
@@ -6,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.tools import tool_module
 from tide_mega.config.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -13,10 +13,8 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def facts():
-    spec = importlib.util.spec_from_file_location("gpu_facts", ROOT / "tools" / "gpu_facts.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    with tool_module("gpu_facts") as module:
+        yield module
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """The kill test's own judgement, and a few real kills."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -9,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.checkpoints import write_step
+from tests.support.tools import tool_module
 from tide_mega.bench.killable import MARK, damaged, digest, state_of
 from tide_mega.config.errors import ConfigError
 
@@ -17,12 +17,8 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("kill_test", ROOT / "tools" / "kill_test.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # the options' help is read from their source
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    with tool_module("kill_test") as module:
+        yield module
 
 
 def test_the_state_a_kill_left_is_named(tmp_path):

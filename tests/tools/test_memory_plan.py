@@ -1,27 +1,23 @@
 """The plan of the memory's traffic, from text to table."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.support.tools import tool_module
 from tide_mega.data.index import DatasetIndex
 from tide_mega.data.stream import TokenStream
 from tide_mega.data.tokenizer import load_tokenizer
 from tide_mega.memory.plan_options import PlanOptions
 
-ROOT = Path(__file__).parents[2]
 SMALL = ["seq_length=8", "tokens=8,16", "memory_tokens=16", "blocks=2", "width=4", "data=4", "micro_batch=2"]
 
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("memory_plan", ROOT / "tools" / "memory_plan.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    with tool_module("memory_plan") as module:
+        yield module
 
 
 @pytest.fixture

@@ -1,26 +1,18 @@
 """The tuner where there is no GPU, and how it changes the table."""
 
-import importlib.util
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
+from tests.support.tools import tool_module
 from tide_mega.kernels.tuning import KERNELS, TABLE, Tile, load
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("tune_kernels", ROOT / "tools" / "tune_kernels.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # the options' help is read from their source
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    with tool_module("tune_kernels") as module:
+        yield module
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
