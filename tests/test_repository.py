@@ -82,9 +82,21 @@ def test_omegaconf_is_met_in_the_door_and_for_missing_alone():
             assert names <= {"omegaconf", "omegaconf.MISSING"}, path
 
 
-def test_configuration_loads_without_torch():
-    code = "import sys, tide_mega.config.hydra_door; sys.exit('torch' in sys.modules)"
+ENTRIES = ["train", "evaluate", "analyze", "demo", "health.__main__"]
+
+
+@pytest.mark.parametrize("module", [*ENTRIES, "config.hydra_door", "diagnostics.registry"])
+def test_help_and_a_wrong_key_do_not_wait_for_torch(module):
+    code = f"import sys, tide_mega.{module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_libraries_are_hushed_before_they_are_imported():
+    code = (
+        "from tide_mega.config.noise import hush_libraries as hush; hush(); import tide_mega.training.trainer"
+    )
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert (found.stdout, found.stderr) == ("", "")
 
 
 def test_no_extra_names_what_needs_cuda_to_build():

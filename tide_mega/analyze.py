@@ -17,6 +17,7 @@ from pathlib import Path
 
 from tide_mega.config.errors import ConfigError
 from tide_mega.config.hydra_door import parse_tool_cli
+from tide_mega.config.noise import hush_libraries
 from tide_mega.diagnostics.options import AnalyzeOptions
 
 log = logging.getLogger("tide_mega.analyze")
@@ -24,10 +25,11 @@ log = logging.getLogger("tide_mega.analyze")
 
 def main(arguments: list[str]) -> int:
     """Analyse; return the exit status, 1 where a diagnostic failed."""
-    # Imported late: a wrong key should not wait for torch and megatron-core.
+    hush_libraries()
+    options = parse_tool_cli(AnalyzeOptions, arguments, doc=_help())
+    # Imported late: a wrong key should not wait for megatron-core.
     from tide_mega.training.console import exit_on_run_error, set_up_logging
 
-    options = parse_tool_cli(AnalyzeOptions, arguments, doc=_help())
     set_up_logging()
     with exit_on_run_error():
         return analyze(options)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from tide_mega.config.errors import ConfigError
 from tide_mega.config.hydra_door import EXIT_CONFIG, compose
+from tide_mega.config.noise import hush_libraries
 from tide_mega.config.schema import TideConfig
 
 LABELS = {"baseline": "demo_base", "TIDE": "demo_tide"}
@@ -27,6 +28,7 @@ def main(arguments: list[str]) -> int:
         print(__doc__.strip())
         return 0
     started = time.monotonic()
+    hush_libraries()
     try:
         configs = {
             label: compose([f"experiment={name}", *arguments], world_size=1) for label, name in LABELS.items()

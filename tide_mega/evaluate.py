@@ -16,6 +16,7 @@ from typing import Any
 
 from tide_mega.config.errors import ConfigError
 from tide_mega.config.hydra_door import EXIT_CONFIG, parse_tool_cli
+from tide_mega.config.noise import hush_libraries
 from tide_mega.evaluation.options import EvaluateOptions
 
 EXIT_ERROR = 1
@@ -24,6 +25,7 @@ EXIT_ERROR = 1
 def main(arguments: list[str] | None = None) -> int:
     """Evaluate; return the exit status."""
     options: Any = parse_tool_cli(EvaluateOptions, arguments, doc=__doc__ or "")
+    hush_libraries()
     # Imported late: `--help` and a wrong key should not wait for torch and megatron-core.
     from tide_mega.evaluation.errors import EvaluationError
     from tide_mega.evaluation.output import as_text

@@ -5,11 +5,13 @@ Several processes on one machine: `torchrun --nproc-per-node=N -m tide_mega.trai
 """
 
 from tide_mega.config.hydra_door import hydra_entry
+from tide_mega.config.noise import hush_libraries
 from tide_mega.config.schema import TideConfig
 
 
 def main(config: TideConfig) -> None:
     """Train the run that the configuration describes."""
+    hush_libraries()
     # Imported late: `--help` and a wrong key should not wait for torch, megatron-core and DeepSpeed.
     from tide_mega.training.console import exit_on_run_error, set_up_logging
     from tide_mega.training.trainer import train

@@ -4,10 +4,13 @@ import difflib
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from tide_mega.config.errors import ConfigError
-from tide_mega.diagnostics.analysis import Analysis
-from tide_mega.diagnostics.section import Section
+
+if TYPE_CHECKING:  # `--help` should not wait for torch and megatron-core
+    from tide_mega.diagnostics.analysis import Analysis
+    from tide_mega.diagnostics.section import Section
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,7 @@ class Diagnostic:
     reads: str = "metrics.jsonl"
     """File of the run folder that it reads besides checkpoints."""
 
-    def load(self) -> Callable[[Analysis], Section]:
+    def load(self) -> "Callable[[Analysis], Section]":
         """Import what makes the section."""
         return importlib.import_module(f"tide_mega.diagnostics.{self.module}").run
 

@@ -8,15 +8,15 @@ status 5 where a node should not take part; the job scripts of slurm/ run it bef
 """
 
 import sys
-import warnings
 
 from tide_mega.config.hydra_door import hydra_entry
+from tide_mega.config.noise import hush_libraries
 from tide_mega.config.schema import TideConfig
 
 
 def main(config: TideConfig) -> None:
     """Check, print, exit with a status."""
-    warnings.filterwarnings("ignore", module=r"(megatron|torch)(\.|$)")
+    hush_libraries()
     # Imported late, like the training.
     from tide_mega.health.check import PATIENCE, check
     from tide_mega.parallel.groups import World

@@ -1,10 +1,9 @@
-"""What a training process prints: its own log on rank 0, and little of what the libraries would say."""
+"""What a training process prints: its own log, on rank 0, and its last word."""
 
 import contextlib
 import logging
 import os
 import sys
-import warnings
 from collections.abc import Iterator
 from typing import NoReturn
 
@@ -15,7 +14,6 @@ from tide_mega.training.interrupt import RunStoppedError
 from tide_mega.training.trainer import DivergedError
 
 _STATUSES = {ConfigError: Exit.CONFIG, DataError: Exit.DATA, DivergedError: Exit.DIVERGED}
-_NOISE = ("megatron", "torch", "deepspeed", "apex", "numpy", "webdataset")
 
 
 def set_up_logging() -> None:
@@ -28,9 +26,6 @@ def set_up_logging() -> None:
     logger.handlers = [handler]
     logger.propagate = False
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    for library in _NOISE:
-        warnings.filterwarnings("ignore", module=rf"{library}(\.|$)")
 
 
 def leave_at_once(status: Exit) -> NoReturn:
