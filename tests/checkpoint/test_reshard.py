@@ -14,26 +14,20 @@ from tests.support.checkpoints import (
     stored,
 )
 from tests.support.runs import train_here
+from tests.support.slow import quick_and_slow
 from tide_mega.checkpoint.folder import CheckpointFolder
 from tide_mega.checkpoint.whole import shapes
 from tide_mega.parallel.groups import World
 from tide_mega.training.trainer import Trainer
 
-FAST = [
-    ("dp2", "tp2 sp"),
-    ("tp2 sp", "dp2 zero2 owners"),
-    ("dp2 zero2 owners", "single"),
-    ("single", "pp2 vpp2"),
-    ("pp2", "zero3 dp2"),
-    ("zero3 dp2", "pp2"),
-    ("pp2 vpp2", "dp2"),
-    ("tp2 dp2 zero3", "tp2 sp"),
-    ("dp2", "tp2 dp2 zero3"),
-]
+QUICK = [("dp2", "tp2 sp"), ("dp2 zero2 owners", "single"), ("single", "pp2 vpp2")]
 CORE = ("single", "tp2 sp", "dp2 zero2 owners", "pp2 vpp2", "zero3 dp2", "tp2 dp2 owners")
-GRID = [
+"""Each loads what every other of them saved."""
+PAIRS = [
     *((saved, loaded) for saved in CORE for loaded in CORE if saved != loaded),
     *(pair for name in TOPOLOGIES if name not in CORE for pair in ((name, "single"), ("single", name))),
+    *(("dp2", "tp2 sp"), ("pp2", "zero3 dp2"), ("zero3 dp2", "pp2"), ("pp2 vpp2", "dp2")),
+    *(("tp2 dp2 zero3", "tp2 sp"), ("dp2", "tp2 dp2 zero3")),
 ]
 
 
@@ -64,25 +58,13 @@ def assert_resharded(pools, tiny_data, root, loaded, elsewhere):
     return pool.run(step_after_resuming, config_at(loaded, tiny_data, root))
 
 
-def check(pools, tiny_data, tmp_path, saved_at, saved, loaded):
+@pytest.mark.parametrize(("saved", "loaded"), quick_and_slow(QUICK, PAIRS))
+def test_another_topology_goes_on_with_the_same_numbers(pools, tiny_data, tmp_path, saved_at, saved, loaded):
     root, expected = saved_at(saved)
     (*_, actual) = assert_resharded(pools, tiny_data, root, loaded, tmp_path / "elsewhere")
     assert actual[0] == expected[0] == 3
     assert actual[1] == pytest.approx(expected[1], rel=1e-6)
     assert actual[2] == pytest.approx(expected[2], rel=1e-5)
-
-
-@pytest.mark.parametrize(("saved", "loaded"), FAST)
-def test_another_topology_goes_on_with_the_same_numbers(pools, tiny_data, tmp_path, saved_at, saved, loaded):
-    check(pools, tiny_data, tmp_path, saved_at, saved, loaded)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("saved", "loaded"), [pair for pair in GRID if pair not in FAST])
-def test_every_core_topology_reads_every_other_and_one_process_all(
-    pools, tiny_data, tmp_path, saved_at, saved, loaded
-):
-    check(pools, tiny_data, tmp_path, saved_at, saved, loaded)
 
 
 def test_everything_is_stored_once_and_whole(saved_at):

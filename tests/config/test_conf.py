@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.slow import quick_and_slow
 from tide_mega.config.hydra_door import compose, find_conf
 from tide_mega.config.sizes import count_parameters
 
@@ -25,7 +26,10 @@ def test_every_experiment_composes_validates_and_records_its_name(name):
     assert config.run.name == f"{config.model.name}-k{config.memory.num_blocks}"
 
 
-@pytest.mark.parametrize("parallel", [name for group, name in OPTIONS if group == "parallel"])
+PARALLEL = [name for group, name in OPTIONS if group == "parallel"]
+
+
+@pytest.mark.parametrize("parallel", quick_and_slow(["tp8", "pp2_interleaved", "zero3"], PARALLEL))
 def test_every_topology_runs_every_paper_model_on_eight_nodes(parallel):
     for name in EXPERIMENTS:
         if "demo" not in name:

@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests.support.slow import quick_and_slow
 from tide_mega.parity.case import Case
 from tide_mega.parity.deviation import BF16, FP32, over_ranks
 from tide_mega.parity.run import compare_gradients, compare_training, compare_updates
@@ -38,6 +39,13 @@ TRAINING_CASES = [
 ]
 
 
+def is_quick(case):
+    """Whether every change trains it: two processes at most, one thing beside owners unlike the plain case."""
+    plain = Case(precision=case.precision, accumulation=case.accumulation, tie_embeddings=case.tie_embeddings)
+    changed = [key for key, value in vars(case).items() if value != getattr(plain, key)]
+    return case.world <= 2 and len(changed) <= 1 + (case.owners == "tensor_data")
+
+
 @pytest.mark.parametrize("case", GRADIENT_CASES, ids=str)
 def test_loss_and_all_gradients_equal_the_reference(pools, case, record_property):
     deviation = over_ranks(pools(case.world).run(compare_gradients, case))
@@ -45,7 +53,7 @@ def test_loss_and_all_gradients_equal_the_reference(pools, case, record_property
     assert not deviation.excesses(FP32)
 
 
-@pytest.mark.parametrize("case", TRAINING_CASES, ids=str)
+@pytest.mark.parametrize("case", quick_and_slow(filter(is_quick, TRAINING_CASES), TRAINING_CASES), ids=str)
 def test_five_clipped_adamw_steps_equal_the_reference(pools, case, record_property):
     deviation = over_ranks(pools(case.world).run(compare_training, case))
     record_property("worst", deviation.worst())
@@ -62,7 +70,7 @@ BF16_CASES += [
 ]
 
 
-@pytest.mark.parametrize("case", BF16_CASES, ids=str)
+@pytest.mark.parametrize("case", quick_and_slow(filter(is_quick, BF16_CASES), BF16_CASES), ids=str)
 def test_bf16_with_fp32_master_weights_errs_as_the_reference_in_bf16_does(pools, case, record_property):
     deviation = over_ranks(pools(case.world).run(compare_updates, case))
     record_property("worst", deviation.worst())
@@ -88,14 +96,11 @@ TOPOLOGY_CASES = [
     Case(tensor=2, pipeline=2, sequence_parallel=True, num_blocks=3),
     Case(tensor=2, data=2, owners="tensor_data", sequence_parallel=True, recompute="selective"),
     Case(pipeline=4, num_blocks=3, accumulation=4),
-    pytest.param(
-        Case(tensor=2, pipeline=2, data=2, sequence_parallel=True, owners="tensor_data", zero_stage=2),
-        marks=pytest.mark.slow,
-    ),
+    Case(tensor=2, pipeline=2, data=2, sequence_parallel=True, owners="tensor_data", zero_stage=2),
 ]
 
 
-@pytest.mark.parametrize("case", TOPOLOGY_CASES, ids=str)
+@pytest.mark.parametrize("case", quick_and_slow(filter(is_quick, TOPOLOGY_CASES), TOPOLOGY_CASES), ids=str)
 def test_other_topologies_train_as_the_reference(pools, case, record_property):
     deviation = over_ranks(pools(case.world).run(compare_training, case))
     record_property("worst", deviation.worst())

@@ -5,6 +5,7 @@ import torch.distributed as dist
 
 from tests.evaluation.texts import documents, pairs
 from tests.evaluation.tiny import text_scorer
+from tests.support.slow import quick_and_slow
 from tide_mega.config.schema import ParallelConfig
 from tide_mega.evaluation.errors import BrokenReplicaError, EvaluationError
 from tide_mega.parallel.device import choose_device
@@ -33,17 +34,18 @@ def ask_all(path, sizes):
     return answers
 
 
-@pytest.mark.parametrize(
-    ("processes", "sizes"),
-    [
-        (2, {}),
-        (2, {"tensor": 2}),
-        (2, {"pipeline": 2}),
-        pytest.param(4, {"tensor": 2, "pipeline": 2}, marks=pytest.mark.slow),
-        pytest.param(4, {"pipeline": 2}, marks=pytest.mark.slow),
-    ],
-)
-@pytest.mark.parametrize("k", [0, 2])
+SIZES = [
+    (2, {}),
+    (2, {"tensor": 2}),
+    (2, {"pipeline": 2}),
+    (4, {"tensor": 2, "pipeline": 2}),
+    (4, {"pipeline": 2}),
+]
+CASES = [(k, processes, sizes) for k in (0, 2) for processes, sizes in SIZES]
+QUICK = [(0, 2, {"tensor": 2}), (2, 2, {}), (2, 2, {"pipeline": 2})]
+
+
+@pytest.mark.parametrize(("k", "processes", "sizes"), quick_and_slow(QUICK, CASES))
 def test_any_topology_says_what_one_process_says(tiny_runs, pools, alone, processes, sizes, k):
     run = TrainedRun.open(tiny_runs[k])
     one, rolling, texts = everything(text_scorer(run, alone, batch=3))
@@ -85,6 +87,7 @@ def test_a_failed_replica_ends_all_processes_with_its_message(tiny_runs, pools, 
     assert second == f"EvaluationError: {first}"
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_within_its_replica_ends_at_once(tiny_runs, pools):
     with pytest.raises(WorkerError, match="BrokenReplicaError: rank 1: RuntimeError: planted"):
         pools(2).run(fail_on, tiny_runs[0], {"tensor": 2}, 1)
@@ -104,6 +107,7 @@ def raise_between(path):
         return type(error).__name__, str(error)
 
 
+@pytest.mark.slow
 def test_an_error_of_the_harness_ends_those_who_serve(tiny_runs, pools):
     first, second = pools(2).run(raise_between, tiny_runs[0])
     assert first[0] == "KeyError"

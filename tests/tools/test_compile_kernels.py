@@ -29,6 +29,7 @@ def aot(tmp_path_factory):
         yield aot
 
 
+@pytest.mark.slow
 def test_every_kernel_compiles_for_both_architectures_without_a_fault(tool, aot, tmp_path, capsys):
     out = tmp_path / "kernels.json"
     assert tool.main(["blocks=8", "width=2048", "dtype=bf16", f"out={out}"]) == 0

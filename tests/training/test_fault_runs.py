@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.runs import TINY, curve, tiny, train_here, train_until
+from tests.support.slow import quick_and_slow
 from tide_mega.config.errors import ConfigError
 from tide_mega.data.errors import DataError
 from tide_mega.metrics.jsonl import read_metrics
@@ -86,7 +87,7 @@ def test_a_rollback_that_finds_no_checkpoint_is_a_skipped_step_in_every_respect(
     assert came_to["seconds"]["skipped"] > 0
 
 
-@pytest.mark.parametrize("kill_at", [7, 11, 13])
+@pytest.mark.parametrize("kill_at", quick_and_slow([11], [7, 11, 13]))
 def test_a_resumed_run_deals_with_faults_as_the_uninterrupted_one(pools, tiny_data, tmp_path, kill_at):
     overrides = (
         *SPIKE,

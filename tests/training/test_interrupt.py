@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from tests.support.runs import curve, tiny, train_here
+from tests.support.slow import quick_and_slow
 from tide_mega.parallel.groups import World
 from tide_mega.training.interrupt import SIGNALS, Agreement, Interrupt, RunStoppedError, job_interrupt
 from tide_mega.training.trainer import Trainer
@@ -111,7 +112,7 @@ def stopped_at(config, step, rank):
     return trainer.state.step
 
 
-@pytest.mark.parametrize("zero_stage", [1, 3])
+@pytest.mark.parametrize("zero_stage", quick_and_slow([1], [1, 3]))
 def test_a_run_stopped_where_an_evaluation_is_due_continues_as_if_it_had_not_been(
     pools, tiny_data, tmp_path, zero_stage
 ):

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from tests.support.runs import tiny
+from tests.support.slow import quick_and_slow
 from tide_mega.metrics.jsonl import read_metrics
 from tide_mega.parallel.groups import World
 from tide_mega.training.trainer import Trainer
@@ -114,15 +115,25 @@ def config_of(tiny_data, root, case, *overrides):
     )
 
 
-@pytest.mark.parametrize("fault", ["nan_grad@3:1", pytest.param("nan_grad@3:0", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", CASES)
+QUICK = ["data parallel, ZeRO-1, fp32", "owners, ZeRO-2, bf16, ahead", "pipeline"]
+
+
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    quick_and_slow(
+        [(name, "nan_grad@3:1") for name in QUICK],
+        [(name, f"nan_grad@3:{rank}") for name in CASES for rank in (1, 0)],
+    ),
+)
 def test_a_bad_gradient_on_one_rank_moves_nothing_anywhere(pools, tiny_data, tmp_path, name, fault):
     case = CASES[name]
     config = config_of(tiny_data, tmp_path, case, f"faults.inject=[{fault}]")
     check(pools, config, case.world, "gradient")
 
 
-@pytest.mark.parametrize("name", ["data parallel, ZeRO-1, fp32", "owners", "tensor, bf16"])
+@pytest.mark.parametrize(
+    "name", quick_and_slow(["owners"], ["data parallel, ZeRO-1, fp32", "owners", "tensor, bf16"])
+)
 def test_a_bad_loss_on_one_rank_is_named_left_out_and_counted(pools, tiny_data, tmp_path, name):
     case = CASES[name]
     config = config_of(tiny_data, tmp_path, case, "faults.inject=[nan_loss@3:0]", "logging.every=1")

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import pytest
 
 from tests.support.runs import curve, tiny, train_here, train_until
+from tests.support.slow import quick_and_slow
 
 BASE = ("model.num_layers=4", "trainer.eval_sequences=9")
 """9 held-out sequences in microbatches of 2: the last is short, and of two replicas the second has none left."""
@@ -106,7 +107,7 @@ def assert_counted(records, kinds):
             assert all(moved[kind] > 0 for kind in kinds)
 
 
-@pytest.mark.parametrize("name", TOPOLOGIES)
+@pytest.mark.parametrize("name", quick_and_slow(["pipeline", "owners", "ahead"], TOPOLOGIES))
 def test_a_topology_has_the_curve_of_one_process_and_resumes_to_the_last_bit(
     pools, tiny_data, tmp_path, alone, name
 ):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.support.runs import curve, tiny, train_here
+from tests.support.slow import quick_and_slow
 from tide_mega.data.batch import TokenBatch
 from tide_mega.data.index import DatasetIndex
 from tide_mega.parallel.groups import World
@@ -57,10 +58,9 @@ def train_poisoned(config, place, bad_rank, bad_step):
     return None
 
 
-@pytest.mark.parametrize("bad_rank", [0, 1])
-@pytest.mark.parametrize(
-    ("place", "overrides"),
-    [
+BAD_GRADIENTS = [
+    (place, overrides, bad_rank)
+    for place, overrides in (
         ("layer", ()),
         ("layer", ("parallel.zero_stage=2",)),
         ("layer", ("parallel.zero_stage=3",)),
@@ -72,8 +72,16 @@ def train_poisoned(config, place, bad_rank, bad_step):
         ("table", (OWNERS,)),
         ("table", (OWNERS, "optim.clip_grad=0")),
         ("table", (OWNERS, "parallel.tensor=2", "memory.exchange_ahead=true")),
-    ],
-    ids=lambda value: value if isinstance(value, str) else " ".join(value) or "replicated",
+    )
+    for bad_rank in (0, 1)
+]
+QUICK_GRADIENTS = [("layer", (), 1), ("layer", ("parallel.pipeline=2",), 0), ("table", (OWNERS,), 1)]
+
+
+@pytest.mark.parametrize(
+    ("place", "overrides", "bad_rank"),
+    quick_and_slow(QUICK_GRADIENTS, BAD_GRADIENTS),
+    ids=lambda value: " ".join(value) or "replicated" if isinstance(value, tuple) else str(value),
 )
 def test_a_bad_gradient_on_one_rank_stops_all_at_the_same_step(
     pools, tiny_data, tmp_path, place, overrides, bad_rank
@@ -108,17 +116,23 @@ def train_monotone(config, first_monotone):
         trainer.close()
 
 
-@pytest.mark.parametrize("first_monotone", [2, 0], ids=["on the second replica", "on both"])
-@pytest.mark.parametrize(
-    "overrides",
-    [
+MONOTONE = [
+    (overrides, first_monotone)
+    for overrides in (
         (OWNERS,),
         (OWNERS, "memory.exchange_ahead=true"),
         (OWNERS, "memory.window=1"),
         (OWNERS, "parallel.tensor=2", "parallel.sequence_parallel=true"),
         ("parallel.pipeline=2",),
-    ],
-    ids=" ".join,
+    )
+    for first_monotone in (2, 0)
+]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "first_monotone"),
+    quick_and_slow([((OWNERS,), 2), (("parallel.pipeline=2",), 0)], MONOTONE),
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else f"from microbatch {value}",
 )
 def test_a_replica_of_one_token_type_trains_as_in_one_process(
     pools, tiny_data, tmp_path, overrides, first_monotone

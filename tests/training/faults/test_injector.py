@@ -63,6 +63,7 @@ def test_an_unknown_fault_is_refused(tmp_path):
         Injector(["gremlins@2"], 0, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_kill_is_a_kill_and_comes_once(tmp_path):
     code = (
         "from pathlib import Path; from tide_mega.training.faults.injector import Injector\n"
