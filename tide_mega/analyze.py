@@ -56,13 +56,12 @@ def analyze(options: AnalyzeOptions) -> int:
         log.info(
             "%s: K = %d, step %d, %s training tokens", run.label, run.num_blocks, run.step, f"{run.tokens:,}"
         )
-    out = Path(options.out) if options.out else analysis.runs[-1].folder / "analysis"
     start_distributed(device, World(0, 1, 0, 1), timeout_minutes=60)
     try:
-        failed = make(analysis, diagnostics, out)
+        failed = make(analysis, diagnostics)
     finally:
         stop_distributed()
-    log.info("written to %s", out / REPORT_FILE)
+    log.info("written to %s", analysis.out / REPORT_FILE)
     if failed:
         log.error("failed: %s", ", ".join(gone.name for gone in failed))
     return 1 if failed else 0

@@ -46,10 +46,11 @@ def fake(name):
 
 
 @pytest.fixture
-def analysis(tiny_runs, alone, monkeypatch):
+def analysis(tiny_runs, alone, monkeypatch, tmp_path):
     monkeypatch.setattr(Fake, "made", 0)
     monkeypatch.setattr(making, "DIAGNOSTICS", tuple(map(fake, ("works", "skips", "fails", "later"))))
-    return Analysis.open(AnalyzeOptions(run=[str(tiny_runs[2]), f"base={tiny_runs[0]}"]), alone)
+    runs, out = [str(tiny_runs[2]), f"base={tiny_runs[0]}"], tmp_path / "new" / "out"
+    return Analysis.open(AnalyzeOptions(run=runs, out=str(out)), alone)
 
 
 class Outline(html.parser.HTMLParser):
@@ -78,25 +79,36 @@ def test_runs_are_in_the_order_of_k(analysis):
     assert [run.label for run in analysis.with_memory] == ["k2"]
 
 
-def test_a_failure_keeps_nothing_else_from_being_made(analysis, tmp_path, caplog):
-    failed = make(analysis, list(making.DIAGNOSTICS), tmp_path)
+def test_a_failure_keeps_nothing_else_from_being_made(analysis, caplog):
+    failed = make(analysis, list(making.DIAGNOSTICS))
     assert [gone.name for gone in failed] == ["fails"]
     assert "ZeroDivisionError" in caplog.text
-    page = page_of(tmp_path)
+    page = page_of(analysis.out)
     assert "A < B" in page.text and "base, k2" in page.text
     assert "skips (Figure 0): it needs a run with memory (K > 0)" in page.text
     assert "fails (Figure 0): failed: ZeroDivisionError: planted <b>" in page.text
 
 
-def test_the_report_needs_nothing_beside_it(analysis, tmp_path):
-    make(analysis, [fake("works")], tmp_path)
-    sources = page_of(tmp_path).sources
+def test_a_report_says_why_nothing_is_shown(analysis):
+    assert make(analysis, [fake("skips")]) == []
+    assert "skips (Figure 0): it needs a run with memory (K > 0)" in page_of(analysis.out).text
+
+
+@pytest.mark.parametrize("last", [0, 2])
+def test_what_is_made_lies_in_the_folder_of_the_run_given_last(tiny_runs, alone, last):
+    runs = [str(tiny_runs[2 - last]), str(tiny_runs[last])]
+    assert Analysis.open(AnalyzeOptions(run=runs), alone).out == tiny_runs[last] / "analysis"
+
+
+def test_the_report_needs_nothing_beside_it(analysis):
+    make(analysis, [fake("works")])
+    sources = page_of(analysis.out).sources
     assert sources and all(source.startswith("data:image/svg+xml;base64,") for source in sources)
 
 
-def made_again(analysis, folder, *names):
+def made_again(analysis, *names):
     before = Fake.made
-    make(analysis, [replace(fake(name), options=("sequences", "texts")) for name in names], folder)
+    make(analysis, [replace(fake(name), options=("sequences", "texts")) for name in names])
     return Fake.made - before
 
 
@@ -104,44 +116,43 @@ def test_what_is_there_is_kept_until_what_it_depends_on_changes(analysis, tmp_pa
     text = tmp_path / "prose.txt"
     text.write_text("one")
     analysis.options = replace(analysis.options, texts=[str(text)])
-    out = tmp_path / "out"
-    assert made_again(analysis, out, "works", "later") == 2
-    assert made_again(analysis, out, "works", "later") == 0
+    assert made_again(analysis, "works", "later") == 2
+    assert made_again(analysis, "works", "later") == 0
     analysis.options = replace(analysis.options, templates=3)
-    assert made_again(analysis, out, "works") == 0, "it does not depend on templates"
+    assert made_again(analysis, "works") == 0, "it does not depend on templates"
     analysis.options = replace(analysis.options, sequences=3)
-    assert made_again(analysis, out, "works") == 1
+    assert made_again(analysis, "works") == 1
     text.write_text("two")
-    assert made_again(analysis, out, "works") == 1
+    assert made_again(analysis, "works") == 1
     logged = analysis.runs[1].metrics
     kept = logged.read_bytes()
     logged.write_bytes(kept + b"{")  # a run that goes on
-    assert made_again(analysis, out, "works") == 1
+    assert made_again(analysis, "works") == 1
     logged.write_bytes(kept)
     analysis.options = replace(analysis.options, fresh=True)
-    assert made_again(analysis, out, "works") == 1
+    assert made_again(analysis, "works") == 1
 
 
-def test_a_section_of_other_inputs_is_not_shown_as_current(analysis, tmp_path):
-    make(analysis, [fake("works"), fake("later")], tmp_path)
-    assert len(page_of(tmp_path).sources) == 2
+def test_a_section_of_other_inputs_is_not_shown_as_current(analysis):
+    make(analysis, [fake("works"), fake("later")])
+    assert len(page_of(analysis.out).sources) == 2
     analysis.options = replace(analysis.options, seed=1)
-    make(analysis, [fake("works")], tmp_path)
-    page = page_of(tmp_path)
+    make(analysis, [fake("works")])
+    page = page_of(analysis.out)
     assert len(page.sources) == 1
     assert "later (Figure 0): what there is was made with other options" in page.text
 
 
-def test_a_section_that_fails_now_is_not_shown_as_it_was(analysis, tmp_path, monkeypatch):
-    make(analysis, [fake("works")], tmp_path)
+def test_a_section_that_fails_now_is_not_shown_as_it_was(analysis, monkeypatch):
+    make(analysis, [fake("works")])
     analysis.options = replace(analysis.options, fresh=True)
 
     def fails(_):
         raise ValueError("planted")
 
     monkeypatch.setattr(Fake, "load", lambda self: fails)
-    make(analysis, [fake("works")], tmp_path)
-    page = page_of(tmp_path)
+    make(analysis, [fake("works")])
+    page = page_of(analysis.out)
     assert not page.sources and "works (Figure 0): failed: ValueError: planted" in page.text
 
 

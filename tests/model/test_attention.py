@@ -24,8 +24,9 @@ def plain(query, key, value, theta):
     return mixed.permute(2, 0, 1, 3).flatten(2)
 
 
-@pytest.mark.parametrize(("heads", "groups"), [(4, 4), (6, 2)])
-def test_attention_equals_the_written_out_formula_with_gradients(heads, groups):
+@pytest.mark.parametrize(("heads", "groups", "has_kernel"), [(4, 4, True), (6, 2, True), (6, 2, False)])
+def test_attention_equals_the_written_out_formula_with_gradients(heads, groups, has_kernel, monkeypatch):
+    monkeypatch.setattr("tide_mega.model.attention.takes_groups", lambda _: has_kernel)
     torch.manual_seed(heads)
     query = torch.randn(9, 2, heads, 8, requires_grad=True)
     key, value = (torch.randn(9, 2, groups, 8, requires_grad=True) for _ in range(2))

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from tide_mega.bench.own_text import prepare_own_text
 from tide_mega.checkpoint.errors import CheckpointError
 from tide_mega.checkpoint.whole import whole_tensors
 from tide_mega.config.errors import ConfigError
@@ -52,6 +53,24 @@ def test_a_damaged_newest_checkpoint_is_passed_over(tiny_runs, tmp_path):
     assert TrainedRun.open(copy).step == 3
     with pytest.raises(ConfigError, match=r"is damaged: rank-00000\.safetensors is missing"):
         TrainedRun.open(copy / "checkpoints" / "step-00000006")
+
+
+@pytest.mark.parametrize("vocab_size", [560, 700])
+def test_a_dataset_that_it_was_not_trained_on_is_refused(tiny_runs, tmp_path, vocab_size):
+    other = prepare_own_text(tmp_path, vocab_size)
+    with pytest.raises(ConfigError, match=r"is not the dataset that .* was trained on"):
+        TrainedRun.open(tiny_runs[0], data=other)
+
+
+def test_a_checkpoint_about_to_be_replaced_is_not_a_second_one(tiny_runs, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(tiny_runs[2], copy)
+    newer = copy / "checkpoints" / "step-00000003"
+    shutil.copytree(newer, newer.with_suffix(".replaced"))
+    assert [weights.path for weights in TrainedRun.open(copy).history] == [
+        newer,
+        copy / "checkpoints" / "step-00000006",
+    ]
 
 
 def test_what_is_no_run_or_has_no_dataset_is_said(tiny_runs, tiny_data, tmp_path):

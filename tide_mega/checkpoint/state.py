@@ -75,7 +75,7 @@ class Identity:
         return cls(
             model={**model, "memory.num_blocks": config.memory.num_blocks},
             data=data,
-            deciles=hashlib.sha256(bin_of_type).hexdigest(),
+            deciles=deciles_checksum(bin_of_type),
             topology=topology,
             versions={"tide_mega": tide_mega.__version__, **package_versions()},
         )
@@ -106,6 +106,11 @@ class Identity:
                     f"{path} was saved while training {what} than data.path holds now: bring the data (and the "
                     "shards that were skipped) back to what it was, or choose another run.name."
                 )
+
+
+def deciles_checksum(bin_of_type: bytes) -> str:
+    """Identify frequency deciles by the decile of each type of the model's vocabulary, one byte each."""
+    return hashlib.sha256(bin_of_type).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from torch import Tensor
 
@@ -29,6 +30,8 @@ class Analysis:
     runs: list[TrainedRun]
     options: AnalyzeOptions
     device: Device
+    out: Path
+    """Where it is written to."""
     _open: tuple[TrainedRun, StoredWeights, TrainedModel] | None = field(default=None, repr=False)
 
     @classmethod
@@ -38,10 +41,12 @@ class Analysis:
         Raises:
             ConfigError: one cannot be opened, two have one label, or their tokenizers differ.
         """
-        runs = sorted(open_runs(options.run, options.data), key=lambda run: run.num_blocks)
+        given = open_runs(options.run, options.data)
+        out = Path(options.out) if options.out else given[-1].folder / "analysis"
+        runs = sorted(given, key=lambda run: run.num_blocks)
         if len({run.tokenizer.fingerprint for run in runs}) > 1:
             raise ConfigError("the runs were trained with different tokenizers: analyse them one by one.")
-        return cls(runs, options, device)
+        return cls(runs, options, device, out)
 
     @property
     def base(self) -> TrainedRun | None:
@@ -78,7 +83,10 @@ class Analysis:
 
     def held_out(self, run: TrainedRun) -> list[TokenBatch]:
         """Return `options.sequences` held-out sequences of the run's dataset, the same for every run of it."""
-        stream = TokenStream.open(run.data, "validation", run.config.data.seq_length, logger=log)
+        data = run.config.data
+        stream = TokenStream.open(
+            run.data, "validation", data.seq_length, on_bad_shard=data.on_bad_shard, logger=log
+        )
         batches = validation_batches(
             stream,
             seed=self.options.seed,

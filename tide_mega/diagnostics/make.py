@@ -22,12 +22,14 @@ _DATASET = ("index.json", "counts.npy", "deciles.npy")
 """Files of the prepared dataset; the index has the checksums of all others."""
 
 
-def make(analysis: Analysis, diagnostics: list[Diagnostic], out: Path) -> list[Missing]:
-    """Write a folder a section and report.html into `out`; return what failed.
+def make(analysis: Analysis, diagnostics: list[Diagnostic]) -> list[Missing]:
+    """Write a folder a section and report.html into `analysis.out`; return what failed.
 
     A diagnostic that fails is reported with its traceback and does not keep the others from being made. What an
     earlier analysis of the same checkpoints with the same options left is kept, unless `fresh`.
     """
+    out = analysis.out
+    out.mkdir(parents=True, exist_ok=True)
     missing: list[Missing] = []
     failed: list[Missing] = []
     for number, diagnostic in enumerate(diagnostics, start=1):
@@ -53,16 +55,16 @@ def make(analysis: Analysis, diagnostics: list[Diagnostic], out: Path) -> list[M
                 Missing(diagnostic.name, diagnostic.shows, f"failed: {type(error).__name__}: {error}")
             )
     gone = missing + failed
-    sections, outdated = _sections(analysis, out, {of.name for of in gone})
+    sections, outdated = _sections(analysis, {of.name for of in gone})
     write_report(out / REPORT_FILE, analysis.runs, sections, gone + outdated)
     return failed
 
 
-def _sections(analysis: Analysis, out: Path, without: set[str]) -> tuple[list[SavedSection], list[Missing]]:
-    """Return what `out` has, in the report's order and whether or not `which` names it; and what is outdated."""
+def _sections(analysis: Analysis, without: set[str]) -> tuple[list[SavedSection], list[Missing]]:
+    """Return what there is, in the report's order and whether or not `which` names it; and what is outdated."""
     sections, outdated = [], []
     for diagnostic in DIAGNOSTICS:
-        section = None if diagnostic.name in without else load(out / diagnostic.name)
+        section = None if diagnostic.name in without else load(analysis.out / diagnostic.name)
         if section is None:
             continue
         if section.identity == identity_of(analysis, diagnostic):

@@ -15,7 +15,7 @@ class AnalyzeOptions:
     which: list[str] = field(default_factory=lambda: ["all"])
     """Diagnostics to make; all of them, or names that --help lists."""
     out: str | None = None
-    """Folder for data, figures and report.html; null means `analysis` in the last run's folder."""
+    """Folder for data, figures and report.html; null means `analysis` in the folder of the run given last."""
     data: str | None = None
     """Where the prepared dataset lies now; null means where the runs' configuration says."""
     texts: list[str] = field(default_factory=list)

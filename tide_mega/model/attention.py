@@ -16,6 +16,11 @@ from tide_mega.kernels.rope import rotate, rotation
 from tide_mega.parallel.device import detect_libraries
 
 
+def takes_groups(query: Tensor) -> bool:
+    """Whether torch has a kernel for grouped queries that does not hold scores [S, S]: flash, 16 bits on CUDA."""
+    return not query.is_cuda or query.dtype.itemsize == 2
+
+
 class CausalCoreAttention(nn.Module):
     """softmax(RQ(RK)ᵀ/√C, causal)·V with megatron's [S, B, heads, C] layout and grouped queries.
 
@@ -60,5 +65,8 @@ class CausalCoreAttention(nn.Module):
             return out_BSHC.transpose(0, 1).reshape(S, B, -1)
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query_SBHC, key_SBGC, value_SBGC))
         grouped = query.size(1) != key.size(1)
+        if grouped and not takes_groups(query):
+            key, value = (x.repeat_interleave(query.size(1) // x.size(1), dim=1) for x in (key, value))
+            grouped = False
         out_BHSC = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
         return out_BHSC.permute(2, 0, 1, 3).reshape(S, B, -1)

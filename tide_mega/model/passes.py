@@ -178,6 +178,7 @@ def accumulate_row_gradients(stage: TideStage, batch: TokenBatch) -> tuple[Tenso
 
     For a stage without the others and whose parameters want no gradient: activations must, from somewhere.
     """
+    stage.train()
     with torch.no_grad():
         microbatches, reading = _read_memory(stage, [batch], stage, None)
     board = stage.board

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tide_mega.checkpoint.weights import load_weights
-from tide_mega.config.schema import ParallelConfig, TideConfig
+from tide_mega.config.schema import KernelConfig, ParallelConfig, TideConfig
 from tide_mega.data.batch import TokenBatch
 from tide_mega.kernels.row_norm import row_norm
 from tide_mega.model.passes import EvaluatedBatch, accumulate_row_gradients, evaluate_batches
@@ -69,7 +69,8 @@ class TrainedModel:
         self.run, self.device = run, device
         self.config: TideConfig = replace(
             run.config,
-            parallel=parallel or ParallelConfig(),
+            parallel=replace(parallel or ParallelConfig(), recompute="full"),
+            kernels=KernelConfig(),
             memory=replace(run.config.memory, owners="tensor"),
             trainer=replace(run.config.trainer, precision=precision),
         )
@@ -123,7 +124,8 @@ class TrainedModel:
     def row_gradients(self, batch: TokenBatch) -> RowGradients:
         """Differentiate the mean loss of a microbatch by the rows its tokens read; in one process alone.
 
-        No parameter gets a gradient, so beside the model only the microbatch's activations and rows are held.
+        No parameter gets a gradient and layers are computed again on the way back, so beside the model only the
+        microbatch's hidden states, one layer's activations and the rows are held.
         """
         self._refuse_parallel()
         batch = self._here(batch)

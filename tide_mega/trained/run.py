@@ -13,7 +13,7 @@ from tide_mega.checkpoint import whole
 from tide_mega.checkpoint.errors import CheckpointError
 from tide_mega.checkpoint.folder import CheckpointFolder, step_of
 from tide_mega.checkpoint.manifest import Manifest
-from tide_mega.checkpoint.state import SavedState
+from tide_mega.checkpoint.state import SavedState, deciles_checksum
 from tide_mega.config.errors import ConfigError
 from tide_mega.config.hydra_door import from_yaml
 from tide_mega.config.schema import TideConfig
@@ -100,7 +100,8 @@ class TrainedRun:
         now, if not where the configuration says.
 
         Raises:
-            ConfigError: it is neither, no checkpoint in it is whole, or the dataset is not there.
+            ConfigError: it is neither, no checkpoint in it is whole, the dataset is not there or another one.
+            CheckpointError: the checkpoint's state cannot be read.
         """
         text = str(path)
         if label is None and (named := re.fullmatch(r"([^/=]+)=(.+)", text)):
@@ -121,7 +122,18 @@ class TrainedRun:
             raise ConfigError(
                 f"the dataset of {text}, {dataset}, is not there: say where it lies with data=<folder>."
             )
-        return cls(label or folder.name, folder, config, StoredWeights(chosen), dataset)
+        run = cls(label or folder.name, folder, config, StoredWeights(chosen), dataset)
+        if not run._is_its_dataset():
+            raise ConfigError(
+                f"{dataset} is not the dataset that {text} was trained on, or was prepared anew since: its frequency "
+                "deciles are others. Say where the right one lies with data=<folder>."
+            )
+        return run
+
+    def _is_its_dataset(self) -> bool:
+        if len(self.deciles.bin_of_type) > self.config.model.vocab_size:
+            return False
+        return deciles_checksum(self.bins.tobytes()) == self.weights.state.identity.deciles
 
     @property
     def num_blocks(self) -> int:
@@ -149,12 +161,10 @@ class TrainedRun:
 
     @cached_property
     def history(self) -> list[StoredWeights]:
-        """Every whole checkpoint of the run up to the one looked at, by step."""
-        found = [
-            path for path in CheckpointFolder(self.folder / "checkpoints").complete() if not _problems(path)
-        ]
-        stored = [StoredWeights(path) for path in sorted(found, key=step_of)]
-        return [weights for weights in stored if weights.step <= self.step]
+        """Every whole checkpoint of the run up to the one looked at, by step; one a step."""
+        complete = CheckpointFolder(self.folder / "checkpoints").complete()
+        by_step = {step_of(path): StoredWeights(path) for path in complete if not _problems(path)}
+        return [weights for weights in by_step.values() if weights.step <= self.step]
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
