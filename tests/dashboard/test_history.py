@@ -48,6 +48,17 @@ def test_events_after_the_checkpoint_of_a_resume_are_dropped() -> None:
     assert standing(rows) == ([rows[0], rows[2]], 1)
 
 
+def test_an_event_that_comes_again_is_there_once() -> None:
+    rows = [train(4, 40), event(5, 50), event(5, 50), train(10, 100)]
+    assert standing(rows) == ([rows[0], rows[2], rows[3]], 1)
+
+
+def test_what_the_abandoned_steps_alone_logged_goes_with_them() -> None:
+    rows = [train(10, 100), train(20, 200), held_out(20, 200), train(30, 300)]
+    again = [train(20, 200, 5.0), train(30, 300, 5.0)]
+    assert standing([*rows, *again]) == ([rows[0], *again], 3)
+
+
 def test_the_tail_alone_is_looked_at_and_still_every_later_step_is_found() -> None:
     logged = [train(step, 10 * step) for step in range(1, 200)]
     kept, dropped = standing([*logged, train(50, 500, 9.0), held_out(50, 500)])

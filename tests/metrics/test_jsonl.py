@@ -94,6 +94,15 @@ def test_truncation_keeps_the_resumed_step_itself_and_counts(tmp_path: Path) -> 
     assert truncate_after(path, 9) == 0
 
 
+def test_an_evaluation_that_comes_again_is_dropped_and_the_steps_losses_stay(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    kinds = [("train", 2), ("eval", 2), ("train", 3), ("live", 3), ("eval", 3), ("weights", 3)]
+    path.write_text("".join(f'{{"step": {step}, "kind": "{kind}"}}\n' for kind, step in kinds))
+    assert truncate_after(path, 3) == 0
+    assert truncate_after(path, 3, evaluates_again=True) == 2
+    assert [(r["kind"], r["step"]) for r in read_metrics(path)] == kinds[:4]
+
+
 def test_a_new_run_drops_all_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text("not a record\n\n")

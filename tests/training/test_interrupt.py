@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.support.runs import curve, tiny, train_here
+from tests.support.runs import curve, tiny, train_here, train_until
 from tests.support.slow import quick_and_slow
 from tide_mega.parallel.groups import World
 from tide_mega.training.interrupt import SIGNALS, Agreement, Interrupt, RunStoppedError, job_interrupt
@@ -132,6 +132,19 @@ def test_a_run_stopped_where_an_evaluation_is_due_continues_as_if_it_had_not_bee
             record.pop("traffic", None)  # counted anew from the start
     assert curves[0] == curves[1]
     assert (tmp_path / "broken" / "tiny" / "finished.json").exists()
+
+
+def test_an_evaluation_left_to_a_start_that_is_killed_is_logged_once(pools, tiny_data, tmp_path):
+    config = tiny(tiny_data, tmp_path, "checkpoint.every=0", "checkpoint.at_end=false")
+    (said,) = pools(1).run(stopped_at, config, 3, 0)
+    assert "stopped after step 3" in said
+    assert pools(1).run(train_until, config, 5) == [5]
+    evaluated = [r["step"] for r in curve(tmp_path / "tiny" / "metrics.jsonl") if r["kind"] == "eval"]
+    assert evaluated == [3], "by the start that got no further"
+    assert pools(1).run(train_here, config) == [6]
+    records = curve(tmp_path / "tiny" / "metrics.jsonl")
+    assert [r["step"] for r in records if r["kind"] == "eval"] == [3, 6]
+    assert [r["step"] for r in records if r["kind"] == "weights"] == [3, 6]
 
 
 def test_a_signal_in_the_last_step_lets_the_run_end_as_planned(pools, tiny_data, tmp_path):

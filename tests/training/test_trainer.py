@@ -104,6 +104,19 @@ def test_evaluations_do_not_count_as_traffic_of_the_steps(pools, tiny_data, tmp_
     assert all(traffic["rows"]["sent"] > 0 for _, traffic, _ in lines[0])
 
 
+def test_rows_read_ahead_count_in_the_step_that_uses_them(pools, tiny_data, tmp_path):
+    lines = []
+    for ahead in ("false", "true"):
+        words = ("memory.owners=tensor_data", f"memory.exchange_ahead={ahead}", "logging.every=1")
+        train_in(pools, tiny(tiny_data, tmp_path / ahead, *words, world_size=2), 2)
+        records = [
+            r for r in read_metrics(tmp_path / ahead / "tiny" / "metrics.jsonl") if r["kind"] == "train"
+        ]
+        lines.append([(r["step"], r["traffic"], r["exchanged_bytes_per_step"]) for r in records])
+    assert [step for step, *_ in lines[0]] == [1, 2, 3, 4, 5, 6]
+    assert lines[0] == lines[1]
+
+
 def test_the_run_folder_says_what_ran(finished):
     assert "num_blocks: 2" in (finished / "config.yaml").read_text()
     environment = json.loads((finished / "environment.json").read_text())

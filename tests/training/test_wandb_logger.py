@@ -137,6 +137,22 @@ def test_a_resumed_run_keeps_its_identity(tmp_path: Path) -> None:
     assert {run.run_id for run in read_offline_run(tmp_path / "b")[2]} == {first.run_id}
 
 
+def test_rows_are_numbered_on_over_all_starts(tmp_path: Path) -> None:
+    run_id = None
+    for step in (10, 20, 20):
+        logger = open_logger(tmp_path, run_id)
+        logger.log_train(replace(TRAIN, step=step))
+        logger.log_eval(EVAL)
+        logger.close()
+        run_id = logger.run_id
+    history = read_offline_run(tmp_path)[0]
+    assert sorted(row["_step"] for row in history) == list(range(6))
+    another = open_logger(tmp_path, None)
+    another.log_train(TRAIN)
+    another.close()
+    assert sorted(row["_step"] for row in read_offline_run(tmp_path)[0]) == [0, *range(6)]
+
+
 def test_two_runs_of_one_process_stay_apart(tmp_path: Path) -> None:
     first, second = open_logger(tmp_path / "a", None), open_logger(tmp_path / "b", None)
     second.log_train(replace(TRAIN, loss=2.0))

@@ -64,31 +64,35 @@ class RunHistory:
 def standing(rows: Iterable[Row]) -> tuple[list[Row], int]:
     """Drop rows that a run went back behind and logged again; return the others and how many were dropped.
 
-    As metrics.jsonl does it: a row of an earlier step removes those of later steps, as after a rollback; a row of
-    fewer tokens removes later events, as after a resume.
+    As metrics.jsonl does it: a row that a run has logged before, or of an earlier step, removes what was logged
+    since, as after a resume or a rollback; of events, those of more tokens, and the same one.
     """
     kept: list[Row] = []
     dropped = 0
     for row in rows:
-        before = len(kept)
-        if any(not _precedes(earlier, row) for earlier in _tail(kept, row)):
-            kept = [earlier for earlier in kept if _precedes(earlier, row)]
-        dropped += before - len(kept)
+        tail = _tail(kept, row)
+        again = next((n for n in tail if not _is_event(kept[n]) and not _precedes(kept[n], row)), len(kept))
+        gone = {n for n in tail if not _precedes(kept[n], row) or (n >= again and not _is_event(kept[n]))}
+        if gone:
+            kept[tail.start :] = [kept[n] for n in tail if n not in gone]
+        dropped += len(gone)
         kept.append(row)
     return kept, dropped
 
 
-def _tail(kept: list[Row], row: Row) -> Iterable[Row]:
-    """The rows that could stand after `row`: those since steps and tokens were both behind it."""
-    for earlier in reversed(kept):
+def _tail(kept: list[Row], row: Row) -> range:
+    """Where the rows are that could stand after `row`: those since steps and tokens were both behind it."""
+    for n in reversed(range(len(kept))):
+        earlier = kept[n]
         if earlier["step"] < row["step"] and earlier["tokens"] < row["tokens"] and not _is_event(earlier):
-            return
-        yield earlier
+            return range(n + 1, len(kept))
+    return range(len(kept))
 
 
 def _precedes(earlier: Row, row: Row) -> bool:
     if _is_event(earlier):
-        return earlier["tokens"] <= row["tokens"]
+        comes_again = earlier["tokens"] == row["tokens"] and earlier.keys() == row.keys()
+        return earlier["tokens"] <= row["tokens"] and not comes_again
     if earlier["step"] == row["step"]:
         return _is_event(row) or not (earlier.keys() & row.keys()) - set(AXES)
     return earlier["step"] < row["step"]

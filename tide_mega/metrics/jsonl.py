@@ -20,19 +20,29 @@ from tide_mega.metrics.records import EvalRecord, EventRecord, TrainRecord
 
 log = logging.getLogger(__name__)
 
+_OF_EVALUATIONS = ("eval", "weights")
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 class JsonlLogger:
     """Appends records, each on disk as soon as it is logged."""
 
-    def __init__(self, path: Path, resume_step: int | None, resume_tokens: float = math.inf) -> None:
+    def __init__(
+        self,
+        path: Path,
+        resume_step: int | None,
+        resume_tokens: float = math.inf,
+        *,
+        evaluates_again: bool = False,
+    ) -> None:
         """Continue the file of a run resumed at `resume_step` steps done, or (None) start it anew.
 
         `resume_tokens` are the training tokens consumed then: events after them come again. (By its steps alone a
-        rollback would stand before the checkpoint it went back to.)
+        rollback would stand before the checkpoint it went back to.) `evaluates_again`: the evaluation of that step
+        was due when the checkpoint was made, so what an earlier start logged of it comes again too.
         """
-        dropped = truncate_after(path, -1 if resume_step is None else resume_step, resume_tokens)
+        step = -1 if resume_step is None else resume_step
+        dropped = truncate_after(path, step, resume_tokens, evaluates_again=evaluates_again)
         if dropped:
             since = "of an earlier run" if resume_step is None else f"after step {resume_step}"
             log.info("%s: dropped %d lines %s, which this run writes again", path, dropped, since)
@@ -78,10 +88,11 @@ class JsonlLogger:
         self._file.flush()
 
 
-def truncate_after(path: Path, step: int, tokens: float = math.inf) -> int:
+def truncate_after(path: Path, step: int, tokens: float = math.inf, *, evaluates_again: bool = False) -> int:
     """Drop the lines of steps after `step`, events after `tokens`, and a last line torn by a kill; -1 drops all.
 
-    What stays, stays byte for byte; the file is replaced atomically, so a kill here loses nothing.
+    `evaluates_again` drops what evaluations at `step` itself logged. What stays, stays byte for byte; the file is
+    replaced atomically, so a kill here loses nothing.
 
     Returns:
         The number of lines dropped.
@@ -92,9 +103,12 @@ def truncate_after(path: Path, step: int, tokens: float = math.inf) -> int:
     if not path.exists():
         return 0
     lines = path.read_bytes().splitlines(keepends=True)
-    kept = (
-        [] if step < 0 else [raw for raw, record in _parsed(path, lines) if _is_before(record, step, tokens)]
-    )
+    kept = [
+        raw
+        for raw, record in ([] if step < 0 else _parsed(path, lines))
+        if _is_before(record, step, tokens)
+        and not (evaluates_again and record["step"] == step and record.get("kind") in _OF_EVALUATIONS)
+    ]
     if len(kept) < len(lines):
         write_bytes(path, b"".join(kept))
     return len(lines) - len(kept)

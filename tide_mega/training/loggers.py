@@ -93,8 +93,13 @@ class Loggers:
         self.close()
 
 
-def open_loggers(config: TideConfig, folder: RunFolder, state: TrainingState) -> Loggers:
-    """Open metrics.jsonl, the console and W&B where the run stands; keeps W&B's identity in folder and state."""
+def open_loggers(
+    config: TideConfig, folder: RunFolder, state: TrainingState, *, evaluates_again: bool
+) -> Loggers:
+    """Open metrics.jsonl, the console and W&B where the run stands; keeps W&B's identity in folder and state.
+
+    `evaluates_again`: the run begins with the evaluation of the step it stands at.
+    """
     known = (folder.read_wandb_id() if config.checkpoint.resume else None) or state.wandb_run_id
     wandb_logger = WandbLogger(
         config.logging, folder.path, name=config.run.name, run_config=asdict(config), run_id=known
@@ -102,6 +107,5 @@ def open_loggers(config: TideConfig, folder: RunFolder, state: TrainingState) ->
     state.wandb_run_id = wandb_logger.run_id
     folder.write_wandb_id(wandb_logger.run_id)
     resumed, tokens = state.step or None, state.samples * config.data.seq_length
-    return Loggers(
-        [JsonlLogger(folder.metrics, resumed, tokens), Progress(total_steps(config)), wandb_logger]
-    )
+    jsonl = JsonlLogger(folder.metrics, resumed, tokens, evaluates_again=evaluates_again)
+    return Loggers([jsonl, Progress(total_steps(config)), wandb_logger])

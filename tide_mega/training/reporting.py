@@ -77,6 +77,7 @@ class Reporter:
             clock=ledger.training_seconds,
         )
         self._metered_from = state.step
+        self._traffic: dict[str, dict[str, int]] = {}
         self._last_train: TrainRecord | None = None
         self._last_eval: EvalRecord | None = None
 
@@ -99,20 +100,23 @@ class Reporter:
         if self._stage.num_blocks:
             self._table_squares_K = table_square_norms(self._engine, self._device.torch_device)
 
+    def look_at_traffic(self) -> None:
+        """After a logged step, before anything is read ahead for the next; local."""
+        self._traffic = self._stage.meter.read()
+
     def add(self, result: StepResult, batches: list[TokenBatch]) -> None:
         """Take in the losses of an applied step; local, nothing waits for the device."""
         self.window.add(result, batches)
 
     def log_step(self, lr: float, batches: list[TokenBatch]) -> None:
-        """Log the steps since the last line; the last was made with `lr` of these microbatches here."""
+        """Log the steps since the last line, after `look_at_traffic`; the last was made with `lr` of `batches`."""
         state, counts = self._state, self._guard.policy.counts
         means, null_weight = self.window.means(), self._null_weights.read(batches)
         slow = self._guard.stragglers()
         reading = self._throughput.read(state.step)
         table_norms = self._table_norms()
-        traffic = self._stage.meter.read()
         memory, peak = self._memory() if self._config.logging.diagnostics else (None, None)
-        moved = sum(both["sent"] + both["received"] for both in traffic.values())
+        moved = sum(both["sent"] + both["received"] for both in self._traffic.values())
         self._last_train = TrainRecord(
             step=state.step,
             tokens=self.tokens,
@@ -122,7 +126,7 @@ class Reporter:
             grad_norm_tables=_length(table_norms) if table_norms else None,
             lr=lr,
             null_weight_by_layer=null_weight.by_layer,
-            traffic=traffic,
+            traffic=self._traffic,
             goodput=self._ledger.goodput(),
             skipped_steps=counts.skipped_steps,
             spikes=counts.spikes,

@@ -106,6 +106,7 @@ class Trainer:
             first_sample=self.state.samples,
             accumulation=self.accumulation,
         )
+        evaluates_again = bool(self.state.extra.get(EVALUATION_DUE))
         self.reporter = Reporter(
             config,
             engine=self.engine,
@@ -115,7 +116,9 @@ class Trainer:
             guard=self.guard,
             ledger=self.ledger,
             state=self.state,
-            loggers=open_loggers(config, self.folder, self.state) if speaks else Loggers(),
+            loggers=open_loggers(config, self.folder, self.state, evaluates_again=evaluates_again)
+            if speaks
+            else Loggers(),
         )
         self.reactions = Reactions(self.state, self.guard, self.checkpoints, self.ledger, self.reporter)
 
@@ -161,6 +164,8 @@ class Trainer:
             logged = self._is_due(state.step + 1, config.logging.every)
             lr = learning_rate(state.step, config.optim, self.total_steps)
             has_gone_back = self._step(batches, ahead, lr, logged=logged) is Action.ROLL_BACK
+            if logged and not has_gone_back:
+                self.reporter.look_at_traffic()
             if state.step < self.total_steps and not has_gone_back:
                 stop = self.agreement.reason()
             done = batches

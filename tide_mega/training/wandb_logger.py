@@ -22,6 +22,7 @@ from tide_mega.metrics.records import EvalRecord, EventRecord, TrainRecord
 
 log = logging.getLogger(__name__)
 
+_ROWS = "wandb_rows"
 _SETTINGS = {"init_timeout": 30.0, "finish_timeout": 300.0, "console": "off", "silent": True}
 
 
@@ -47,6 +48,7 @@ class WandbLogger:
             run_id: what `run_id` gave in the run that this one resumes, else None.
         """
         self._failed = False
+        self._rows = _Count(run_dir / _ROWS, goes_on=run_id is not None)
         self.run_id = run_id
         """Identity of the W&B run, to be kept in checkpoints; None where there is no run."""
         mode = resolve_mode(config.wandb)
@@ -105,6 +107,7 @@ class WandbLogger:
                     reinit="create_new",
                     settings=settings,
                 )
+                self._rows.skip_to(run.step)
                 run.define_metric("step")
                 run.define_metric("*", step_metric="step")
             except Exception as error:
@@ -121,7 +124,8 @@ class WandbLogger:
     def _log(self, metrics: dict[str, float]) -> None:
         if self._run is not None:
             try:
-                self._run.log(metrics)
+                # Numbered by us: W&B would begin at 0 again at each start of an offline run.
+                self._run.log(metrics, step=self._rows.next(), commit=True)
             except Exception as error:
                 self._report(f"could not log: {error}")
 
@@ -129,6 +133,27 @@ class WandbLogger:
         if not self._failed:
             log.warning("W&B %s; said once, training goes on, metrics.jsonl has every metric", what)
         self._failed = True
+
+
+class _Count:
+    """Counts the rows of a W&B run over all its starts, in a file beside it."""
+
+    def __init__(self, path: Path, *, goes_on: bool) -> None:
+        self._path = path
+        kept = path.read_text(encoding="utf-8").strip() if goes_on and path.exists() else ""
+        self._next = int(kept) if kept.isdecimal() else 0
+
+    def skip_to(self, least: int) -> None:
+        """Go on from a number at least: what W&B's server has of the run may be more than the file knows."""
+        self._next = max(self._next, least)
+
+    def next(self) -> int:
+        """Return the number of the next row; written down before it is used, so that a kill repeats none."""
+        self._next += 1
+        replacement = self._path.with_suffix(".tmp")
+        replacement.write_text(f"{self._next}\n", encoding="utf-8")
+        replacement.replace(self._path)
+        return self._next - 1
 
 
 def resolve_mode(mode: str) -> str:
