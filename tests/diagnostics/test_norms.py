@@ -1,19 +1,21 @@
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from tide_mega.data.frequency import DROPPED, UNSEEN
-from tide_mega.diagnostics.analysis import Analysis
+from tide_mega.diagnostics.analysis import Analysis, SkippedError
 from tide_mega.diagnostics.norms.growth import Growth, decile_means, measure_norms, measure_order
 from tide_mega.diagnostics.norms.measure import RunNorms, densities, measure_run
 from tide_mega.diagnostics.norms.plots import MOST_INTERVALS, draw_growth, draw_means
-from tide_mega.diagnostics.norms.report import run
+from tide_mega.diagnostics.norms.report import describe_growth, run
 from tide_mega.diagnostics.options import AnalyzeOptions
 from tide_mega.diagnostics.stored_tables import row_norms
 from tide_mega.parallel.device import choose_device
-from tide_mega.trained.run import TrainedRun
+from tide_mega.trained.run import StoredWeights, TrainedRun
 
 
 def planted(V: int = 240) -> tuple[np.ndarray, np.ndarray]:
@@ -144,6 +146,57 @@ def test_a_run_is_measured_at_every_checkpoint(tiny_runs: dict[int, Path]) -> No
     tables_VK = trained.weights.tensor("memory.tables").norm(dim=2).numpy()
     assert of.tables_FK is not None
     np.testing.assert_allclose(of.tables_FK[9], tables_VK[trained.bins == 9].mean(0), rtol=1e-6)
+
+
+def growing(*tokens: int) -> RunNorms:
+    """Mean norms that change by -3e-5 (rarest) to 6e-5 (commonest) per billion tokens, at last by twice that."""
+    slope_F = np.linspace(-3e-5, 6e-5, 10)
+    steps_C = np.diff(np.array(tokens) / 1e9)
+    steps_C[1:] *= 2
+    mean_CF = 1.0 + np.outer(np.concatenate([[0.0], np.cumsum(steps_C)]), slope_F)
+    return replace(run_norms("big", 0, 2), growth=Growth(tokens, mean_CF))
+
+
+def test_small_changes_keep_their_number_and_one_interval_is_told_once() -> None:
+    assert describe_growth(growing(10**11, 2 * 10**11), 0, 9) == (
+        "big: per billion tokens the rarest decile's mean norm changed by -3e-05 between the two checkpoints, "
+        "the commonest's by +6e-05."
+    )
+    assert describe_growth(growing(10**11, 2 * 10**11, 3 * 10**11), 0, 9) == (
+        "big: per billion tokens the rarest decile's mean norm changed by -3e-05 between the first two "
+        "checkpoints and -6e-05 between the last two, the commonest's by +6e-05 and +0.00012."
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "step", "place", "row"),
+    [
+        ("embedding.weight", 6, (4, 5), "row 4 of E"),
+        ("embedding.weight", 3, (4, 5), "row 4 of E"),  # of the history
+        ("memory.tables", 6, (7, 1, 5), "row 7 of E_2"),
+    ],
+)
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_a_row_that_is_not_finite_is_named(
+    name: str,
+    step: int,
+    place: tuple[int, ...],
+    row: str,
+    wrong: float,
+    tiny_runs: dict[int, Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    read = StoredWeights.rows
+
+    def spoilt(weights: StoredWeights, of: str, first: int, last: int) -> Tensor:
+        rows = read(weights, of, first, last).clone()
+        if (of, weights.step, first) == (name, step, 0):
+            rows[place] = wrong
+        return rows
+
+    monkeypatch.setattr(StoredWeights, "rows", spoilt)
+    with pytest.raises(SkippedError, match=f"the norm of {row} is not finite at step {step} of k2"):
+        measure_run(TrainedRun.open(tiny_runs[2]))
 
 
 def test_section_of_a_baseline_and_a_tide_run(tiny_runs: dict[int, Path]) -> None:

@@ -95,11 +95,25 @@ def test_the_collapsed_layer_is_found_whatever_its_scale() -> None:
     assert pairs.closest_layer([seen(spread)]) == 1
 
 
+def test_the_steepest_pair_is_that_of_one_context() -> None:
+    outputs = 0.5 * PLANE
+    moved = outputs.clone()
+    moved[2, 0] += 4.0  # to (5.5, 2): from (0.05, 0) hypot(5.45, 2), where inputs are hypot(2.9, 4) apart
+    contexts = [Seen(PLANE[None], of[None], torch.zeros(1, 3, 2)) for of in (outputs, moved)]
+    assert pairs.steepest(contexts, 0) == pytest.approx(math.hypot(5.45, 2) / math.hypot(2.9, 4))
+    assert pairs.steepest(contexts[:1], 0) == pytest.approx(0.5)
+
+
+def test_types_that_coincide_have_no_slope() -> None:
+    points = torch.tensor([[[1.0, 0.0], [1.0, 0.0], [3.0, 0.0]]])
+    assert pairs.steepest([Seen(points, 2 * points, points)], 0) == pytest.approx(2.0)
+
+
 def measured(closest_rows: float) -> identity.Measured:
     many = np.arange(1.0, 6.0)
     far = PairDistances(2, np.ones((5, 2), int), many, 2 * many, 3 * many, np.full((5, 2), 4.0))
     near = replace(far, inputs_P=many / 10, outputs_P=many / 5, rows_PK=np.full((5, 2), closest_rows))
-    return identity.Measured("run", reach_targets(gains(), EPS), 9, 2, near, far)
+    return identity.Measured("run", reach_targets(gains(), EPS), 9, 2, 15, 0.00123, near, far)
 
 
 def test_findings_compare_closest_with_random_pairs() -> None:
@@ -108,7 +122,10 @@ def test_findings_compare_closest_with_random_pairs() -> None:
     assert "layer 2" in compared
     assert "feed-forward inputs 0.3 against 3 (10%), feed-forward outputs 0.6 against 6 (10%)" in compared
     assert "memory rows 3 against 4 (75%)" in compared
-    assert "more than 2.00 times as far apart as its inputs" in slope
+    assert slope == (
+        "run, layer 2: over all 36 pairs of the types, in each of 2 contexts, feed-forward outputs are up to "
+        "0.00123 times as far apart as their inputs; the closest pairs' memory rows are 3 to 3 apart."
+    )
     one = measured(3.0)
     off = replace(one, reached=replace(one.reached, made_NK=1.001 * one.reached.asked_NK))
     assert "some were NOT made: they deviate by up to 1.0e-03" in identity.describe(off)[0]
@@ -143,7 +160,7 @@ def test_trained_runs_are_measured(tiny_runs: dict[int, Path], alone: Device) ->
     assert len({row[3:5] for row in table.rows if row[1] == "closest"}) > 1
     made, _ = section.figures["separation"].axes
     assert next(drawn for drawn in made.lines if drawn.get_label() == "tide").get_color() == line(1).colour
-    assert any("last token of 2 held-out contexts of 15 tokens" in note for note in section.notes)
+    assert any("after the same held-out contexts (2 of 15 tokens)" in note for note in section.notes)
     with pytest.raises(SkippedError):
         identity.run(Analysis.open(AnalyzeOptions(run=[str(tiny_runs[0])]), alone))
 
@@ -161,3 +178,39 @@ def test_padding_is_no_context(
     found = identity.measure(analysis, run)
     assert found.contexts == expected.contexts == 1
     assert np.array_equal(found.closest.inputs_P, expected.closest.inputs_P)
+
+
+def test_an_outlier_that_is_not_shown_is_in_the_finding(
+    tiny_runs: dict[int, Path], alone: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    analysis = Analysis.open(AnalyzeOptions(run=[str(tiny_runs[2])], sequences=2, batch=2), alone)
+    N = identity.TYPES
+    inputs = torch.arange(float(N))[None, :, None].repeat(1, 1, 2) / math.sqrt(2)  # on a line, 1 apart
+    inputs[0, -1] += 99 / math.sqrt(2)  # but for the last: 100 from the one before
+    moved = 0.5 * inputs
+    moved[0, -1] += 250 / math.sqrt(2)  # in one context, 300 from it instead of 50
+    seen = iter([Seen(inputs, of, torch.zeros_like(inputs)) for of in (0.5 * inputs, moved)])
+    monkeypatch.setattr(pairs, "look", lambda *_: next(seen))
+    monkeypatch.setattr(identity, "PAIRS", 20)
+    found = identity.measure(analysis, analysis.runs[0])
+    last = max(identity.types_of(analysis.runs[0], np.random.default_rng(analysis.options.seed)))
+    shown = {tuple(pair) for of in (found.closest, found.random) for pair in of.pairs_P2.tolist()}
+    assert not any(v == last for _, v in shown)
+    assert found.steepest == pytest.approx(3.0)
+    assert "over all 8,128 pairs of the types, in each of 2 contexts" in identity.describe(found)[2]
+    assert "up to 3 times as far apart as their inputs" in identity.describe(found)[2]
+
+
+def test_contexts_are_told_by_run_where_they_differ(
+    tiny_runs: dict[int, Path], alone: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = AnalyzeOptions(run=[f"a={tiny_runs[2]}", f"b={tiny_runs[2]}"], sequences=2, batch=2)
+    analysis = Analysis.open(options, alone)
+    rows = analysis.held_out_rows(analysis.runs[0], 2)
+    monkeypatch.setattr(
+        analysis, "held_out_rows", lambda one, _: rows if one.label == "a" else [rows[0][:12]]
+    )
+    section = identity.run(analysis)
+    assert any("contexts (a 2 of 15 tokens, b 1 of 12 tokens)" in note for note in section.notes)
+    assert "b, layer" in section.findings[5]
+    assert "pairs of the types, in 1 context, feed-forward" in section.findings[5]

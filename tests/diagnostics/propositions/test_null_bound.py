@@ -98,6 +98,35 @@ def test_a_violation_reaches_the_findings() -> None:
     assert "the bound does NOT hold at null logits 0.00" in bad[0]
 
 
+@pytest.mark.parametrize("row", [0, 7, 9])
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_a_row_that_is_not_finite_is_named_in_whichever_chunk_it_is(row: int, wrong: float) -> None:
+    rows, gains = random_rows()
+    rows[row, 2, 1] = wrong
+    for size in (1, 4, 10):
+        with pytest.raises(SkippedError, match=f"row {row} of E_3 is not finite: look at an earlier"):
+            null_bound.check(cut(rows, size), gains, EPS)
+
+
+def test_a_gain_that_is_not_finite_is_named() -> None:
+    rows, gains = random_rows()
+    gains[1, 3] = math.nan
+    with pytest.raises(SkippedError, match="the gain of E_2 is not finite"):
+        null_bound.check(cut(rows), gains, EPS)
+
+
+def test_memory_that_is_not_a_number_keeps_no_bound() -> None:
+    assert NullBound(1, 1.0, (0.0, 1.0), (0.4, math.nan)).violations == [1.0]
+
+
+@pytest.mark.parametrize(("spoilt", "place", "layer"), [(0, (1, 0, 1), 1), (1, (1, 0, 1), 1), (2, (0, 1), 0)])
+def test_routed_memory_that_is_not_finite_is_named(spoilt: int, place: tuple[int, ...], layer: int) -> None:
+    parts = [torch.full((2, 1, 3, 2), 0.5), torch.ones(2, 1, 3, D), torch.ones(1, 3, 1, D)]
+    parts[spoilt][place] = math.nan
+    with pytest.raises(SkippedError, match=f"memory or hidden states of layer {layer} are not finite"):
+        RoutedMemory().add(*parts, largest_row=100.0)
+
+
 def test_gains_of_0_have_nothing_to_silence() -> None:
     with pytest.raises(SkippedError, match="memory rows that are not 0"):
         null_bound.check(cut(torch.ones(3, K, D)), torch.zeros(K, D), EPS)
@@ -148,3 +177,13 @@ def test_a_trained_run_keeps_the_bound(tiny_runs: dict[int, Path], alone: Device
     assert any(f"watched on {4 * 32} held-out tokens" in note for note in section.notes)  # no padding
     with pytest.raises(SkippedError):
         null_bound.run(Analysis.open(AnalyzeOptions(run=[str(tiny_runs[0])]), alone))
+
+
+def test_tokens_are_told_by_run_where_they_differ(
+    tiny_runs: dict[int, Path], alone: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = AnalyzeOptions(run=[f"a={tiny_runs[2]}", f"b={tiny_runs[2]}"], sequences=4, batch=4)
+    analysis = Analysis.open(options, alone)
+    rows = analysis.held_out_rows(analysis.runs[0], 4)
+    monkeypatch.setattr(analysis, "held_out_rows", lambda one, _: rows[:3] if one.label == "a" else rows[:1])
+    assert any("watched on a 96 held-out tokens, b 32 held-out tokens" in note for note in null_bound.run(analysis).notes)

@@ -61,6 +61,8 @@ def test_a_sum_that_lost_a_table_is_below_the_bound() -> None:
     sums = planted()
     sums.weakest_V[1] = 16.0  # what every step and table had: 3 x 2 x 16 in all
     assert sums.below_bound() == 1
+    sums.tables_VK[4] = torch.nan
+    assert sums.below_bound() == 2, "gradients that are no numbers bear nothing out"
 
 
 def test_gradients_of_0_are_counted() -> None:

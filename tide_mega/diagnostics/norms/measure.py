@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from tide_mega.diagnostics.analysis import SkippedError
 from tide_mega.diagnostics.norms.growth import (
     Growth,
     Order,
@@ -16,10 +17,10 @@ from tide_mega.diagnostics.norms.growth import (
     measure_norms,
     measure_order,
 )
-from tide_mega.diagnostics.stored_tables import EMBEDDING, row_norms
+from tide_mega.diagnostics.stored_tables import EMBEDDING, row_norms, table_names
 from tide_mega.diagnostics.type_groups import DECILE_SLOTS, by_role
 from tide_mega.model.canonical import TABLES
-from tide_mega.trained.run import TrainedRun
+from tide_mega.trained.run import StoredWeights, TrainedRun
 
 HISTOGRAM_BINS = 50
 
@@ -64,15 +65,19 @@ def densities(
 
 
 def measure_run(run: TrainedRun) -> RunNorms:
-    """Read every checkpoint's embedding and the last one's tables, chunk by chunk."""
+    """Read every checkpoint's embedding and the last one's tables, chunk by chunk.
+
+    Raises:
+        SkippedError: the norm of a row is not finite.
+    """
     history = [weights for weights in run.history if weights.step < run.step]
-    means = [decile_means(row_norms(weights.chunks(EMBEDDING)), run.bins) for weights in history]
-    norms_V = row_norms(run.weights.chunks(EMBEDDING))
+    means = [decile_means(_norms(run, weights, EMBEDDING), run.bins) for weights in history]
+    norms_V = _norms(run, run.weights, EMBEDDING)
     means.append(decile_means(norms_V, run.bins))
     tokens = [run.tokens_at(weights) for weights in [*history, run.weights]]
     tables_FK = None
     if run.num_blocks:
-        tables_FK = decile_means(row_norms(run.weights.chunks(TABLES)), run.bins)
+        tables_FK = decile_means(_norms(run, run.weights, TABLES), run.bins)
     edges, density = densities(norms_V, run.bins)
     model = run.config.model
     return RunNorms(
@@ -86,3 +91,16 @@ def measure_run(run: TrainedRun) -> RunNorms:
         growth=Growth(tuple(tokens), np.stack(means)),
         initial=model.init_std * model.hidden_size**0.5,
     )
+
+
+def _norms(run: TrainedRun, weights: StoredWeights, name: str) -> NDArray[np.float32]:
+    """Return the norms of a weight's rows, [V] or [V, K], none of which is NaN or infinite."""
+    norms = row_norms(weights.chunks(name))
+    if not np.isfinite(norms).all():
+        v, *k = np.argwhere(~np.isfinite(norms))[0].tolist()
+        table = table_names(k[0] + 1)[-1] if k else "E"
+        raise SkippedError(
+            f"the norm of row {v} of {table} is not finite at step {weights.step} of {run.label}: look at an "
+            "earlier checkpoint"
+        )
+    return norms

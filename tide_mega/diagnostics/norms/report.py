@@ -47,12 +47,7 @@ def _findings(of: RunNorms) -> list[str]:
         f"{of.initial:.3f}."
     ]
     if of.growth.intervals:
-        first_F, last_F = of.growth.rate_CF[0], of.growth.rate_CF[-1]
-        lines.append(
-            f"{of.label}: per {of.growth.unit_name} tokens the rarest decile's mean norm changed by "
-            f"{first_F[rarest]:+.3f} between the first two checkpoints and {last_F[rarest]:+.3f} between the last "
-            f"two, the commonest's by {first_F[commonest]:+.3f} and {last_F[commonest]:+.3f}."
-        )
+        lines.append(describe_growth(of, rarest, commonest))
     if of.tables_FK is not None:
         mean_F = of.tables_FK.mean(1)
         low, high = (
@@ -65,6 +60,21 @@ def _findings(of: RunNorms) -> list[str]:
             f"{low} to {high}, in brackets the range over blocks ({order})."
         )
     return lines
+
+
+def describe_growth(of: RunNorms, rarest: int, commonest: int) -> str:
+    """Say how two deciles' mean norms changed in the first and in the last interval."""
+    first_F, last_F = of.growth.rate_CF[0], of.growth.rate_CF[-1]
+    rare, common = f"{first_F[rarest]:+.3g}", f"{first_F[commonest]:+.3g}"
+    if of.growth.intervals > 1:
+        rare += f" between the first two checkpoints and {last_F[rarest]:+.3g} between the last two"
+        common += f" and {last_F[commonest]:+.3g}"
+    else:
+        rare += " between the two checkpoints"
+    return (
+        f"{of.label}: per {of.growth.unit_name} tokens the rarest decile's mean norm changed by {rare}, the "
+        f"commonest's by {common}."
+    )
 
 
 def _means_table(found: Sequence[RunNorms]) -> DataTable:

@@ -105,9 +105,9 @@ class GradientSums:
         return torch.where(self.steps_V > 0, self.num_blocks * self.steps_V * self.weakest_V, 0.0)
 
     def below_bound(self) -> int:
-        """Count token types whose total is less than K times the least table's, or than `bound_V`."""
+        """Count token types whose total is less than K times the least table's, or than `bound_V`, or NaN."""
         most_V = torch.maximum(self.smallest_V, self.bound_V)
-        return int((self.total_V < most_V * (1 - TOLERANCE)).sum())
+        return int((~(self.total_V >= most_V * (1 - TOLERANCE))).sum())
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from tide_mega.diagnostics.analysis import Analysis, SkippedError
 from tide_mega.diagnostics.propositions import pairs
+from tide_mega.diagnostics.propositions.by_run import by_run
 from tide_mega.diagnostics.propositions.pairs import PairDistances
 from tide_mega.diagnostics.propositions.reach import TARGETS, Reached, reach_targets
 from tide_mega.diagnostics.propositions.routed_memory import normalised_rows
@@ -21,6 +22,7 @@ from tide_mega.trained.run import TrainedRun
 
 TYPES, PAIRS = 128, 200
 CONTEXTS, CONTEXT_TOKENS = 2, 15
+"""At most."""
 
 PAPER = (
     "However close two tokens' hidden states are, there are memory rows with a distance of any C > 0, "
@@ -40,6 +42,10 @@ class Measured:
     types: int
     contexts: int
     """That the types ended."""
+    context_tokens: int
+    """Of each context, before the type."""
+    steepest: float
+    """Largest distance of outputs over that of inputs, of all pairs of types in each context."""
     closest: PairDistances
     random: PairDistances
 
@@ -48,6 +54,7 @@ def run(analysis: Analysis) -> Section:
     """Make rows at given distances, and measure distances of the trained ones; see `Section`."""
     results = [measure(analysis, one) for one in analysis.with_memory]
     drawn = results[-1]
+    contexts = by_run({one.label: f"{one.contexts} of {one.context_tokens} tokens" for one in results})
     notes = [
         "With gains that stay as they are, normalised rows lie within an ellipsoid, so C can be anything "
         "below its "
@@ -56,11 +63,9 @@ def run(analysis: Analysis) -> Section:
         "to grow too, which are the block's own but shared by all tokens.",
         "That rows at a distance exist does not say that training finds them: the trained rows' distances "
         "do.",
-        f"Distances of pairs are at the last token of {drawn.contexts} held-out contexts of {CONTEXT_TOKENS} "
-        "tokens that both "
-        "types end, at the layer where they lie closest. After the first layer the memory of the layers "
-        "before has "
-        "already told hidden states apart.",
+        f"Distances of a pair are those at its types, each put after the same held-out contexts ({contexts}), "
+        "mean over contexts, at the layer where types lie closest. After the first layer the memory of the "
+        "layers before has already told hidden states apart.",
     ]
     if len(results) > 1:
         notes.append(f"The figure's pairs are those of {drawn.label}.")
@@ -85,13 +90,22 @@ def measure(analysis: Analysis, one: TrainedRun) -> Measured:
     contexts = [tokens_T[:CONTEXT_TOKENS] for tokens_T in analysis.held_out_rows(one, CONTEXTS)]
     seen = [pairs.look(model, context_T, ids_N, analysis.options.batch * 4) for context_T in contexts]
     rows_NKD = normalised_rows(model, ids_N.to(model.device.torch_device))
-    every = pairs.measure(seen, rows_NKD, pairs.closest_layer(seen))
+    layer = pairs.closest_layer(seen)
+    every = pairs.measure(seen, rows_NKD, layer)
     number = min(PAIRS, len(every.inputs_P))
     closest = np.argsort(every.inputs_P, kind="stable")[:number]
     random = rng.choice(len(every.inputs_P), number, replace=False)
     reached = reach_targets(one.weights.tensor(GAINS), one.config.model.norm_eps)
-    chosen = (_with_ids(every.only(which), ids) for which in (closest, random))
-    return Measured(one.label, reached, len(ids), len(contexts), *chosen)
+    return Measured(
+        label=one.label,
+        reached=reached,
+        types=len(ids),
+        contexts=len(contexts),
+        context_tokens=len(contexts[0]),
+        steepest=pairs.steepest(seen, layer),
+        closest=_with_ids(every.only(closest), ids),
+        random=_with_ids(every.only(random), ids),
+    )
 
 
 def types_of(one: TrainedRun, rng: np.random.Generator) -> np.ndarray:
@@ -140,12 +154,11 @@ def describe(one: Measured) -> list[str]:
         f"{one.types} types "
         f"against random ones: {each}."
     )
-    slope = float(np.max(np.concatenate([near.outputs_P / near.inputs_P, far.outputs_P / far.inputs_P])))
+    where = "1 context" if one.contexts == 1 else f"each of {one.contexts} contexts"
     third = (
-        f"{one.label}: no pair's feed-forward outputs are more than {slope:.2f} times as far apart as its "
-        "inputs; the "
-        f"closest pairs' memory rows are {float(near.rows_PK.min()):.2f} to {float(near.rows_PK.max()):.2f} "
-        "apart."
+        f"{one.label}, layer {near.layer}: over all {one.types * (one.types - 1) // 2:,} pairs of the types, in "
+        f"{where}, feed-forward outputs are up to {one.steepest:.3g} times as far apart as their inputs; the "
+        f"closest pairs' memory rows are {near.rows_PK.min():.3g} to {near.rows_PK.max():.3g} apart."
     )
     return [first, second, third]
 

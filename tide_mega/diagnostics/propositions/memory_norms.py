@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tide_mega.diagnostics.analysis import SkippedError
+from tide_mega.diagnostics.stored_tables import table_names
 from tide_mega.kernels.row_norm import row_norm
 
 Chunks = Callable[[], Iterable[Tensor]]
@@ -40,9 +42,9 @@ class NullBound:
 
     @property
     def violations(self) -> list[float]:
-        """Logits at which a token's memory is larger than the bound."""
+        """Logits at which a token's memory is larger than the bound, or not a number."""
         triples = zip(self.logits, self.largest_memory, self.bounds, strict=True)
-        return [s for s, measured, most in triples if measured > most * (1 + TOLERANCE)]
+        return [s for s, measured, most in triples if not measured <= most * (1 + TOLERANCE)]
 
 
 def bound(largest_row: float, num_blocks: int, null_logit: float) -> float:
@@ -62,8 +64,24 @@ def threshold(largest_row: float, num_blocks: int, epsilon: float) -> float:
 
 
 def largest_row(chunks: Chunks, gains_KD: Tensor, norm_eps: float) -> float:
-    """Return C, the largest norm of M_k(v) over the vocabulary."""
-    return max(float(_norm(rows, gains_KD, norm_eps).norm(dim=-1).max()) for rows in chunks())
+    """Return C, the largest norm of M_k(v) over the vocabulary.
+
+    Raises:
+        SkippedError: a row or a gain is not finite.
+    """
+    is_wrong_K = ~gains_KD.isfinite().all(1)
+    if is_wrong_K.any():
+        table = _table(int(is_wrong_K.nonzero()[0]))
+        raise SkippedError(f"the gain of {table} is not finite: look at an earlier checkpoint")
+    largest, first = 0.0, 0
+    for rows_UKD in chunks():
+        norm_UK = _norm(rows_UKD, gains_KD, norm_eps).norm(dim=-1)
+        # Of every chunk: Python's max leaves a NaN out.
+        if not norm_UK.isfinite().all():
+            u, k = (~norm_UK.isfinite()).nonzero()[0].tolist()
+            raise SkippedError(f"row {first + u} of {_table(k)} is not finite: look at an earlier checkpoint")
+        largest, first = max(largest, float(norm_UK.max())), first + len(rows_UKD)
+    return largest
 
 
 def measure(
@@ -82,6 +100,10 @@ def measure(
             mixed_UND = alpha_NK @ _norm(rows_UKD, gains_KD, norm_eps)
             most_N = torch.maximum(most_N, mixed_UND.norm(dim=-1).amax(0))
     return NullBound(num_blocks, largest, logits, tuple(most_N.tolist()))
+
+
+def _table(k: int) -> str:
+    return table_names(k + 1)[-1]
 
 
 def _norm(rows_UKD: Tensor, gains_KD: Tensor, norm_eps: float) -> Tensor:

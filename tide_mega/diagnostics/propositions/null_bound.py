@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tide_mega.diagnostics.analysis import Analysis, SkippedError
 from tide_mega.diagnostics.propositions import memory_norms, routed_memory
+from tide_mega.diagnostics.propositions.by_run import by_run
 from tide_mega.diagnostics.propositions.memory_norms import NullBound
 from tide_mega.diagnostics.propositions.routed_memory import RoutedMemory
 from tide_mega.diagnostics.section import DataTable, Section
@@ -51,7 +52,7 @@ def check(
     """Measure C, then the memory at the s* of each of `EPSILONS` and along `GRID`; return both and the ε.
 
     Raises:
-        SkippedError: C is 0.
+        SkippedError: C is 0, or a row is not finite.
     """
     largest, num_blocks = memory_norms.largest_row(chunks, gains_KD, norm_eps), gains_KD.size(0)
     if not largest:
@@ -78,6 +79,7 @@ def run(analysis: Analysis) -> Section:
         rows = analysis.held_out_rows(one, SEQUENCES)
         routed = routed_memory.measure(analysis.model(one), rows, curve.largest_row)
         results.append(Checked(one.label, at_thresholds, tuple(epsilons), curve, routed))
+    watched = by_run({one.label: f"{one.routed.tokens:,} held-out tokens" for one in results})
     return Section(
         name="null_bound",
         shows="Proposition 3.1",
@@ -90,9 +92,8 @@ def run(analysis: Analysis) -> Section:
             "The bound is a theorem about the softmax and the triangle inequality: that it holds checks the "
             "code and "
             "the stored rows, not the paper's experiments.",
-            f"The routers are watched on {results[0].routed.tokens:,} held-out tokens. Their null logit "
-            "stands here as "
-            "the s with which logits of 0 for the blocks would give the mean null weight.",
+            f"The routers are watched on {watched}. Their null logit stands here as the s "
+            "with which logits of 0 for the blocks would give the mean null weight.",
         ),
     )
 

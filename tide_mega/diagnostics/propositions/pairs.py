@@ -102,10 +102,28 @@ def measure(seen: list[Seen], rows_NKD: Tensor, layer: int) -> PairDistances:
     )
 
 
+def steepest(seen: list[Seen], layer: int) -> float:
+    """Return the largest distance of outputs over that of inputs, of all pairs in each context by itself.
+
+    Pairs whose inputs and outputs both coincide count as 0.
+    """
+    inputs_CNN, outputs_CNN = (
+        _distances_of_each(torch.stack(side).double())
+        for side in ([one.inputs_LND[layer] for one in seen], [one.outputs_LND[layer] for one in seen])
+    )
+    is_apart_CNN = (inputs_CNN != 0) | (outputs_CNN != 0)
+    return float(torch.where(is_apart_CNN, outputs_CNN / inputs_CNN, 0.0).max())
+
+
 def _distances(points_CND: Tensor) -> Tensor:
     """Distance [N, N] of every two points, mean over contexts."""
+    return _distances_of_each(points_CND).mean(0)
+
+
+def _distances_of_each(points_CND: Tensor) -> Tensor:
+    """Distance [C, N, N] of every two points."""
     # Differences, not products: pairs that nearly coincide are what is looked for.
-    return torch.cdist(points_CND, points_CND, compute_mode="donot_use_mm_for_euclid_dist").mean(0)
+    return torch.cdist(points_CND, points_CND, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 @contextmanager

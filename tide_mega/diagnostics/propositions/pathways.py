@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 from tide_mega.diagnostics.analysis import Analysis, SkippedError
+from tide_mega.diagnostics.propositions.by_run import by_run
 from tide_mega.diagnostics.propositions.measured_gradients import (
     Measured,
     embeddings_before,
@@ -59,14 +60,12 @@ def run(analysis: Analysis) -> Section:
 
 def sizes_of(memory: Sequence[Measured]) -> str:
     """Say how many steps there are, and of how many tokens; by run where these differ."""
-    by_run = {}
+    said = {}
     for one in memory:
         tokens = one.sums.step_tokens
         size = " to ".join(f"{n:,}" for n in sorted({min(tokens, default=0), max(tokens, default=0)}))
-        by_run[one.label] = f"{len(tokens)} of {size} tokens"
-    if len(set(by_run.values())) == 1:
-        return next(iter(by_run.values()))
-    return ", ".join(f"{name} {steps}" for name, steps in by_run.items())
+        said[one.label] = f"{len(tokens)} of {size} tokens"
+    return by_run(said)
 
 
 def apart(memory: Sequence[Measured], base: Measured | None) -> list[str]:

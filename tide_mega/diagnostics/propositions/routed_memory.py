@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from tide_mega.diagnostics.analysis import SkippedError
 from tide_mega.trained.model import TrainedModel
 
 TOLERANCES = {"fp32": 1e-5, "bf16": 1e-2}
@@ -32,7 +33,11 @@ class RoutedMemory:
     """The largest norm of m_l over (1 - null weight) C, of any token and layer (E.1 says at most 1)."""
 
     def add(self, alpha_LBTJ: Tensor, hidden_LBTD: Tensor, memory_BTKD: Tensor, largest_row: float) -> None:
-        """Take some tokens: router weights, hidden states after each layer, normalised rows, and C."""
+        """Take some tokens: router weights, hidden states after each layer, normalised rows, and C.
+
+        Raises:
+            SkippedError: hidden states or what a layer injects are not finite.
+        """
         layers = alpha_LBTJ.size(0)
         if not self.tokens:
             self.memory_L, self.part_L, self.null_L = (
@@ -42,9 +47,15 @@ class RoutedMemory:
         for i in range(layers):
             injected_BTD = torch.einsum("btk,btkd->btd", alpha_LBTJ[i, ..., :-1].float(), memory_BTKD)
             norm_BT = injected_BTD.norm(dim=-1).double()
+            hidden_BT = hidden_LBTD[i].norm(dim=-1).double()
+            # Comparisons below leave a NaN out.
+            if not (norm_BT + hidden_BT).isfinite().all():
+                raise SkippedError(
+                    f"memory or hidden states of layer {i} are not finite: look at an earlier checkpoint"
+                )
             null_BT = alpha_LBTJ[i, ..., -1].double()
             self.memory_L[i] += norm_BT.sum().cpu()
-            self.part_L[i] += (norm_BT / hidden_LBTD[i].norm(dim=-1).double()).sum().cpu()
+            self.part_L[i] += (norm_BT / hidden_BT).sum().cpu()
             self.null_L[i] += null_BT.sum().cpu()
             # From the weights of the blocks: 1 - null cancels where the null bank has nearly all.
             most_BT = alpha_LBTJ[i, ..., :-1].double().sum(-1) * largest_row
