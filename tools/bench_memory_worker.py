@@ -20,7 +20,8 @@ from tide_mega.model.reference import ReferenceShape, ReferenceTide
 from tide_mega.model.stage import TideStage
 from tide_mega.model.weights import initialise
 from tide_mega.parallel.device import choose_device
-from tide_mega.parallel.engine import Engine, EngineOptions
+from tide_mega.parallel.engine import Engine
+from tide_mega.parallel.engine_settings import EngineOptions
 from tide_mega.parallel.groups import World, make_groups, start_distributed, stop_distributed
 from tide_mega.training.optimizer import parameter_groups
 

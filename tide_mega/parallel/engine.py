@@ -1,11 +1,9 @@
 """DeepSpeed: the one door. ZeRO sharding, data-parallel reduction, master weights, clipping, the step."""
 
 import contextlib
-import importlib
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -17,37 +15,12 @@ if not torch.cuda.is_available():
 import deepspeed
 
 from tide_mega.config.schema import OptimConfig
-from tide_mega.parallel.device import Device, detect_libraries
+from tide_mega.parallel.device import Device
+from tide_mega.parallel.engine_settings import EngineOptions, ParameterGroup, adamw, deepspeed_config
 from tide_mega.parallel.gradient_ranges import GradientRange, gradient_ranges
 from tide_mega.parallel.gradients import GradientAccumulator
 from tide_mega.parallel.groups import Mpu, ParallelGroups
 from tide_mega.parallel.optimizer_state import OptimizerState
-
-
-@dataclass(frozen=True)
-class ParameterGroup:
-    """Parameters that share a learning rate and a weight decay."""
-
-    name: str
-    parameters: list[nn.Parameter]
-    weight_decay: float
-    lr_multiplier: float = 1.0
-    every_microbatch: bool = True
-    """Whether each microbatch adds to the gradient; tables receive theirs once a step."""
-
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """What the engine must know of the configuration."""
-
-    zero_stage: int
-    precision: str
-    clip_grad: float
-    micro_batch_size: int
-    accumulation: int
-    """Microbatches of one data-parallel rank in an optimizer step."""
-    shares_norm: bool = False
-    """Whether some ranks hold weights outside DeepSpeed; the same on all ranks."""
 
 
 class OutsideOptimizer(Protocol):
@@ -93,8 +66,8 @@ class Engine:
         deepspeed.init_distributed(dist_backend=device.backend, verbose=False, dist_init_required=False)
         self._engine, *_ = deepspeed.initialize(
             model=model,
-            optimizer=_adamw(self.parameter_groups, optim, device),
-            config=_deepspeed_config(options, groups.data_size),
+            optimizer=adamw(self.parameter_groups, optim, device),
+            config=deepspeed_config(options, groups.data_size),
             mpu=Mpu(groups),
             dist_init_required=False,
         )
@@ -233,38 +206,3 @@ class Engine:
         """Drop hooks and buffers, so that a process can build another engine."""
         self._accumulator.close()
         self._engine.destroy()
-
-
-def optimizer_name(device: Device) -> str:
-    """Return the AdamW implementation that will be used, for the start-up log."""
-    if device.is_cuda and detect_libraries()["apex"]:
-        return "apex FusedAdam"
-    return "torch AdamW (fused)"
-
-
-def _adamw(groups: list[ParameterGroup], optim: OptimConfig, device: Device) -> torch.optim.Optimizer:
-    settings = [
-        {"params": group.parameters, "weight_decay": group.weight_decay, "name": group.name}
-        for group in groups
-    ]
-    common: dict[str, Any] = {"lr": optim.lr, "betas": (optim.beta1, optim.beta2), "eps": optim.eps}
-    if device.is_cuda and detect_libraries()["apex"]:
-        return importlib.import_module("apex.optimizers").FusedAdam(settings, adam_w_mode=True, **common)
-    return torch.optim.AdamW(settings, fused=True, **common)
-
-
-def _deepspeed_config(options: EngineOptions, data_size: int) -> dict[str, Any]:
-    return {
-        "train_micro_batch_size_per_gpu": options.micro_batch_size,
-        "gradient_accumulation_steps": 1,
-        "train_batch_size": options.micro_batch_size * data_size,
-        "gradient_clipping": 0.0 if options.shares_norm else options.clip_grad,
-        # Without the check DeepSpeed clips by a norm of -1 where the gradient is not finite.
-        "bf16": {"enabled": options.precision == "bf16", "check_grad_overflow": True},
-        # With fp32 here DeepSpeed 0.19 turns bf16 at stage 1 into another optimizer, without `accumulate`'s one
-        # reduction a step; GradientAccumulator keeps the microbatches' sum in fp32 instead.
-        "data_types": {"grad_accum_dtype": options.precision},
-        "zero_optimization": {"stage": options.zero_stage, "overlap_comm": False},
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 2**31,
-    }

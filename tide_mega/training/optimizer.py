@@ -3,7 +3,7 @@
 from torch import nn
 
 from tide_mega.config.schema import OptimConfig
-from tide_mega.parallel.engine import ParameterGroup
+from tide_mega.parallel.engine_settings import ParameterGroup
 
 TABLES = "tables"
 

@@ -16,7 +16,8 @@ from tide_mega.data.stream import TokenStream
 from tide_mega.model.stage import TideStage
 from tide_mega.model.weights import initialise
 from tide_mega.parallel.device import OPTIONAL_LIBRARIES, Device, detect_libraries
-from tide_mega.parallel.engine import Engine, EngineOptions, optimizer_name
+from tide_mega.parallel.engine import Engine
+from tide_mega.parallel.engine_settings import EngineOptions, optimizer_name
 from tide_mega.parallel.groups import ParallelGroups
 from tide_mega.training.optimizer import parameter_groups
 from tide_mega.training.peak import describe_peak, peak_tflops

@@ -186,4 +186,7 @@ def test_tokens_are_told_by_run_where_they_differ(
     analysis = Analysis.open(options, alone)
     rows = analysis.held_out_rows(analysis.runs[0], 4)
     monkeypatch.setattr(analysis, "held_out_rows", lambda one, _: rows[:3] if one.label == "a" else rows[:1])
-    assert any("watched on a 96 held-out tokens, b 32 held-out tokens" in note for note in null_bound.run(analysis).notes)
+    assert any(
+        "watched on a 96 held-out tokens, b 32 held-out tokens" in note
+        for note in null_bound.run(analysis).notes
+    )

@@ -1,0 +1,74 @@
+"""What the engine is told: groups of parameters, options, and what DeepSpeed and its optimizer make of them."""
+
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from tide_mega.config.schema import OptimConfig
+from tide_mega.parallel.device import Device, detect_libraries
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters that share a learning rate and a weight decay."""
+
+    name: str
+    parameters: list[nn.Parameter]
+    weight_decay: float
+    lr_multiplier: float = 1.0
+    every_microbatch: bool = True
+    """Whether each microbatch adds to the gradient; tables receive theirs once a step."""
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What the engine must know of the configuration."""
+
+    zero_stage: int
+    precision: str
+    clip_grad: float
+    micro_batch_size: int
+    accumulation: int
+    """Microbatches of one data-parallel rank in an optimizer step."""
+    shares_norm: bool = False
+    """Whether some ranks hold weights outside DeepSpeed; the same on all ranks."""
+
+
+def optimizer_name(device: Device) -> str:
+    """Return the AdamW implementation that will be used, for the start-up log."""
+    if device.is_cuda and detect_libraries()["apex"]:
+        return "apex FusedAdam"
+    return "torch AdamW (fused)"
+
+
+def adamw(groups: list[ParameterGroup], optim: OptimConfig, device: Device) -> torch.optim.Optimizer:
+    """Return the optimizer that DeepSpeed steps: one of the names of `optimizer_name`."""
+    settings = [
+        {"params": group.parameters, "weight_decay": group.weight_decay, "name": group.name}
+        for group in groups
+    ]
+    common: dict[str, Any] = {"lr": optim.lr, "betas": (optim.beta1, optim.beta2), "eps": optim.eps}
+    if device.is_cuda and detect_libraries()["apex"]:
+        return importlib.import_module("apex.optimizers").FusedAdam(settings, adam_w_mode=True, **common)
+    return torch.optim.AdamW(settings, fused=True, **common)
+
+
+def deepspeed_config(options: EngineOptions, data_size: int) -> dict[str, Any]:
+    """Return DeepSpeed's configuration; `data_size` replicas."""
+    return {
+        "train_micro_batch_size_per_gpu": options.micro_batch_size,
+        "gradient_accumulation_steps": 1,
+        "train_batch_size": options.micro_batch_size * data_size,
+        "gradient_clipping": 0.0 if options.shares_norm else options.clip_grad,
+        # Without the check DeepSpeed clips by a norm of -1 where the gradient is not finite.
+        "bf16": {"enabled": options.precision == "bf16", "check_grad_overflow": True},
+        # With fp32 here DeepSpeed 0.19 turns bf16 at stage 1 into another optimizer, without `accumulate`'s one
+        # reduction a step; GradientAccumulator keeps the microbatches' sum in fp32 instead.
+        "data_types": {"grad_accum_dtype": options.precision},
+        "zero_optimization": {"stage": options.zero_stage, "overlap_comm": False},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 2**31,
+    }
