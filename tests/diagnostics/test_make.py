@@ -133,6 +133,13 @@ def test_what_is_there_is_kept_until_what_it_depends_on_changes(analysis, tmp_pa
     assert made_again(analysis, "works") == 1
 
 
+def test_a_section_of_other_sources_is_made_again(analysis, monkeypatch):
+    assert made_again(analysis, "works") == 1
+    assert made_again(analysis, "works") == 0
+    monkeypatch.setattr(making, "_code", lambda: "changed")
+    assert made_again(analysis, "works") == 1
+
+
 def test_a_section_of_other_inputs_is_not_shown_as_current(analysis):
     make(analysis, [fake("works"), fake("later")])
     assert len(page_of(analysis.out).sources) == 2

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.support.runs import tiny, train_here
 from tests.support.trained import reference_of
 from tide_mega.config.errors import ConfigError
 from tide_mega.data.batch import TokenBatch
@@ -243,6 +244,32 @@ def test_a_long_history_is_thinned_and_said(tiny_runs, alone, text, monkeypatch)
     run.__dict__["history"] = [run.history[0], *run.history]
     section = perplexity.run(analysis)
     assert "k0: 2 of 3 checkpoints were scored, those of steps 3, 6." in section.notes
+
+
+@pytest.fixture(scope="module")
+def wide(pools, tiny_data, tmp_path_factory):
+    """A run with a layer more and a vocabulary padded further than the other runs'."""
+    root = tmp_path_factory.mktemp("wide")
+    words = ["model.num_layers=3", "model.vocab_size=704", "run.name=wide"]
+    pools(1).run(train_here, tiny(tiny_data, root, *words))
+    return root / "wide"
+
+
+def test_another_base_model_is_cautioned_and_a_padded_vocabulary_has_the_same_deciles(tiny_runs, wide, alone):
+    options = AnalyzeOptions(run=[str(tiny_runs[0]), str(wide)], sequences=2, batch=2)
+    notes = perplexity.run(Analysis.open(options, alone)).notes
+    assert not any("frequency deciles differ" in note for note in notes)
+    (caution,) = [note for note in notes if "CAUTION" in note]
+    assert caution.endswith("memory: wide has num_layers 3 instead of 2, vocab_size 704 instead of 640.")
+
+
+def test_other_deciles_are_said(tiny_runs, alone):
+    analysis = analyse(tiny_runs, alone)
+    other = "The runs' frequency deciles differ: rare, mid and common are each run's own."
+    assert other not in perplexity.run(analysis).notes
+    last = analysis.runs[1]
+    last.__dict__["deciles"] = replace(last.deciles, bin_of_type=last.deciles.bin_of_type[::-1].copy())
+    assert other in perplexity.run(analysis).notes
 
 
 def test_two_texts_of_one_name_are_refused(tiny_runs, alone, text, tmp_path):

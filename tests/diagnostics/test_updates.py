@@ -1,3 +1,4 @@
+from dataclasses import replace
 from decimal import Decimal, localcontext
 from pathlib import Path
 
@@ -77,6 +78,23 @@ def test_section_puts_runs_of_one_length_together(tiny_runs: dict[int, Path]) ->
     assert all(row[8] <= row[1] + 1 for row in rows if isinstance(row[8], float) and isinstance(row[1], int))
     assert len(section.findings) == 3
     assert all(axis.get_yscale() == "log" for axis in section.figures["expected_updates"].axes)
+
+
+def test_rows_that_pad_the_vocabulary_are_no_types_and_set_no_run_apart(tiny_runs: dict[int, Path]) -> None:
+    options = AnalyzeOptions(run=[f"base={tiny_runs[0]}", f"tide={tiny_runs[2]}"])
+    analysis = Analysis.open(options, choose_device("cpu", 0))
+    base, tide = analysis.runs
+    model = replace(tide.config.model, vocab_size=tide.config.model.vocab_size + 64)
+    padded = replace(tide, config=replace(tide.config, model=model))
+    assert len(padded.bins) == len(base.bins) + 64
+    analysis.runs[1] = padded
+    rows = run(analysis).tables["expected_updates"].rows
+    assert {row[0] for row in rows} == {"base, tide", "the paper's budget on this text"}
+    for name in {row[0] for row in rows}:
+        assert sum(row[5] for row in rows if row[0] == name) == tide.tokenizer.vocab_size
+    padded.__dict__["counts"] = padded.counts + np.eye(1, len(padded.counts), dtype=np.uint64)[0]
+    apart = {row[0] for row in run(analysis).tables["expected_updates"].rows}
+    assert apart == {"base", "tide", "the paper's budget on this text"}
 
 
 def test_figure_leaves_out_deciles_without_types() -> None:

@@ -1,10 +1,12 @@
 """The comparison of hand-made results: which metric, means, errors, what is said of guessing."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
 from tide_mega.evaluation.compare import compare, format_cell, like_guessing
+from tide_mega.evaluation.output import as_text
 from tide_mega.evaluation.results import Cell, Column, Key, Measured, Result, Score
 
 
@@ -60,6 +62,22 @@ def test_no_accuracy_no_mean():
     assert table.means == (None,) and table.mean_chance is None and table.findings == ()
 
 
+def test_what_is_no_share_is_shown_as_it_is_and_left_out_of_the_mean():
+    results = [
+        result("piqa", {"acc": (0.6, 0.02)}, chance=0.5),
+        result("gsm8k", {"exact_match (strict-match)": (0.1, 0.01)}, chance=None),
+        result("mrpc", {"f1": (0.2, 0.02)}, chance=None),
+        result("cola", {"mcc": (-0.07, 0.02)}, chance=None),
+        result("wmt", {"bleu": (23.5, 0.4)}, chance=None),
+    ]
+    table = compare([results], ["base"], {}, "acc_norm")
+    assert [cell.value for cell in table.cells[0]] == [60.0, 10.0, 20.0, -0.07, 23.5]
+    assert table.means[0].value == pytest.approx(30.0)
+    (line,) = [line for line in as_text(table).splitlines() if line.startswith("base ")]
+    numbers = " ".join(line.split()[1:])
+    assert numbers == "60.0 ± 2.0 10.0 ± 1.0 20.0 ± 2.0 -0.070 ± 0.020 23.5 ± 0.4 30.0 ± 1.0"
+
+
 @pytest.mark.parametrize(
     ("value", "stderr", "chance", "constant", "said"),
     [
@@ -77,6 +95,23 @@ def test_no_accuracy_no_mean():
 )
 def test_a_score_is_set_against_guessing(value, stderr, chance, constant, said):
     assert like_guessing(column(chance, 100, constant), Cell(value, stderr)) == said
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (45.0, "below one answer given always 62.2 %"),
+        (56.0, "below one answer given always 62.2 %"),
+        (60.4, "below one answer given always 62.2 %"),
+        (61.7, "one answer given always 62.2 %"),
+        (63.8, "one answer given always 62.2 %"),
+        (64.0, None),
+    ],
+)
+def test_between_chance_and_the_commoner_answer_is_no_better_than_guessing(value, said):
+    """BoolQ's 3,270 examples, of which 62.2 % are yes: 2 standard errors are 1.7 points."""
+    stderr = math.sqrt(value * (100 - value) / 3270)
+    assert like_guessing(column(50.0, 3270, (37.8, 62.2)), Cell(value, stderr)) == said
 
 
 def test_guessings_own_error_counts_where_a_score_has_none():
@@ -120,6 +155,27 @@ def test_notes_tell_what_was_cut_and_left_out():
         "2 of 400 requests were longer than a sequence" in notes and "1 of 400 requests had context" in notes
     )
     assert "first 100 examples" in notes and "lm_eval 0.4.13, fp32" in notes
+
+
+def test_notes_say_of_each_task_how_it_was_evaluated_where_tasks_differ():
+    piqa = result("piqa", {"acc": (0.6, 0.02)}, limit=10)
+    arc = result("arc_easy", ARC, limit=1000)
+    sciq, boolq = (result(task, {"acc": (0.6, 0.02)}) for task in ("sciq", "boolq"))
+    sciq = replace(sciq, key=replace(sciq.key, precision="bf16", source="0a1b"))
+    notes = compare([[piqa, arc, sciq, boolq]], ["base"], {}, "acc_norm").notes
+    assert notes[2:] == (
+        "Only the first 10 examples of PIQA (limit=10); the first 1,000 examples of ARC-E (limit=1000); all "
+        "examples of SciQ, BoolQ.",
+        "PIQA, ARC-E, BoolQ: examples from the hub; lm_eval 0.4.13, fp32.",
+        "SciQ: examples from local files, with prompts as the harness's tasks have them; lm_eval 0.4.13, bf16.",
+    )
+    assert compare([[boolq]], ["base"], {}, "acc_norm").notes[2:] == (
+        "Examples from the hub; lm_eval 0.4.13, fp32.",
+    )
+    boolq = replace(boolq, key=replace(boolq.key, source="0a1b"))
+    assert compare([[boolq]], ["base"], {}, "acc_norm").notes[3:] == (
+        "BoolQ's passages have no titles in the local file, unlike the harness's.",
+    )
 
 
 @pytest.mark.parametrize(

@@ -192,8 +192,15 @@ def test_without_the_hub_every_task_says_that_it_needs_it(monkeypatch, tmp_path)
     assert tasks.names == []
     reason = "needs the hub (ConnectionError: Couldn't reach the hub)"
     assert absent == {"sciq": reason, "hellaswag": reason}
-    with pytest.raises(ConfigError, match="tasks=nonsense is no task of lm_eval"):
+    with pytest.raises(
+        ConfigError, match=r"tasks=nonsense is no task of lm_eval .*: `lm_eval ls tasks` lists"
+    ):
         harness.load_from_hub(["sciq", "nonsense"])
+    with pytest.raises(
+        ConfigError, match=r"is no task of .*: the nearest name is hellaswag, and `lm_eval ls"
+    ):
+        harness.check_names(["sciq", "hella_swag"])
+    harness.check_names(["sciq"])
 
 
 def test_the_eight_tasks_of_the_paper_are_tasks_of_the_harness():

@@ -84,6 +84,15 @@ def test_one_task_has_one_panel(tasks):
     assert len(draw(compare(chosen, ["run 0"], {}, "acc_norm")).axes) == 1
 
 
+def test_what_is_neither_accuracy_nor_perplexity_has_a_panel_of_its_own():
+    more = [result("cola", {"mcc": (-0.07, 0.02)}, "run 0", chance=None)]
+    accuracy, perplexity, other = draw(compare([runs(1)[0] + more], ["run 0"], {}, "acc_norm")).axes
+    assert [len(axis.patches) for axis in (accuracy, perplexity, other)] == [4, 1, 1]
+    assert other.get_title() == "Other metrics" and other.patches[0].get_height() == -0.07
+    assert [text.get_text() for text in other.get_xticklabels()] == ["cola\nmcc"]
+    assert other.get_ylim()[0] < -0.09
+
+
 def test_what_is_written_is_read_again(tmp_path):
     results = {r.key: r for row in runs() for r in row}
     stored = Stored(results, comparison())

@@ -1,5 +1,7 @@
 """Several processes: replicas, tensor shards, pipeline stages; and failures that must end all of them."""
 
+import math
+
 import pytest
 import torch.distributed as dist
 
@@ -78,6 +80,30 @@ def fail_on(path, sizes, rank):
     except EvaluationError as error:
         return str(error)
     return "ended well"
+
+
+def score_broken(path, sizes):
+    """How each process ends whose model has only NaN for weights."""
+    scorer = text_scorer(TrainedRun.open(path), choose_device("cpu", 0), parallel=ParallelConfig(**sizes))
+    replicas = scorer.replicas
+    for weight in replicas.scorer.model.stage.parameters():
+        weight.fill_(math.nan)
+    try:
+        if replicas.host.rank():
+            replicas.serve()
+        else:
+            with replicas.leading():
+                scorer.loglikelihood([("import os", " def"), ("class", " path"), ("import", " os")])
+    except EvaluationError as error:
+        return type(error), str(error)
+    return None
+
+
+@pytest.mark.parametrize("sizes", quick_and_slow([{"pipeline": 2}], [{"pipeline": 2}, {"tensor": 2}, {}]))
+def test_a_broken_checkpoint_ends_all_processes_with_one_sentence(tiny_runs, pools, sizes):
+    (kind, first), (_, second) = pools(2).run(score_broken, tiny_runs[2], sizes)
+    assert kind is EvaluationError and first.startswith("3 of 3 log-likelihoods of k2 (")
+    assert second == f"EvaluationError: {first}"
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -1,5 +1,6 @@
 """Log-likelihoods, rolling and greedy text against the plain reference with the same weights."""
 
+import math
 import random
 
 import pytest
@@ -163,6 +164,18 @@ def test_an_end_of_document_ends_the_text(run, scorer, monkeypatch):
 def test_sampled_text_is_refused(scorer):
     with pytest.raises(EvaluationError, match="only greedy decoding"):
         scorer.generate([("import os", {"do_sample": True, "temperature": 0.7})])
+
+
+def test_a_broken_checkpoint_is_an_error_and_no_score(run, alone):
+    broken = text_scorer(run, alone)
+    for weight in broken.replicas.scorer.model.stage.parameters():
+        weight.fill_(math.nan)
+    with pytest.raises(
+        EvaluationError, match=r"^2 of 2 log-likelihoods of k2 \(/.*/step-0+6\) are not finite"
+    ):
+        broken.loglikelihood([("import os", " def"), ("class", " path")])
+    with pytest.raises(EvaluationError, match=r"1 of 1 greedy choices of k2 \(/.*\) are not finite"):
+        broken.generate([("import os", {"max_gen_toks": 2})])
 
 
 def test_bf16_is_near(run, scorer, alone):

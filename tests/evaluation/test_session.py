@@ -138,6 +138,16 @@ def test_no_task_at_all_is_an_error_that_names_them(options, alone):
         evaluate(replace(options, tasks=["sciq"]), alone)
 
 
+@pytest.mark.slow
+def test_beside_local_files_a_misspelt_task_is_refused_and_another_one_named(options, alone):
+    with pytest.raises(
+        ConfigError, match=r"tasks=arc_esay is no task of lm_eval .*: the nearest name is arc_easy"
+    ):
+        evaluate(replace(options, tasks=["arc_easy", "arc_esay"]), alone)
+    table = evaluate(replace(options, tasks=["lambada_openai", "winogrande"]), alone)
+    assert table.absent == {"winogrande": "needs the hub: it has no local version (leave out local=)"}
+
+
 def evaluate_here(options):
     return evaluate(options, choose_device("cpu", 0))
 

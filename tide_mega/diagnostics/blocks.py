@@ -102,11 +102,18 @@ def draw(data: AgainstBlocks) -> Figure:
 
 
 def run(analysis: Analysis) -> Section:
-    """Compare the runs' own evaluations; see `Section`."""
-    found = last_evaluations(analysis)
+    """Compare the own evaluations of the runs with the baseline's base model; see `Section`.
+
+    Raises:
+        SkippedError: these have fewer than two different K; it names the runs left out.
+    """
+    found = last_evaluations(analysis, one_base_model=True)
     pairs = [(one.num_blocks, one.evaluation) for one in found.of_runs]
-    data = measure(pairs)
     notes = list(found.notes)
+    try:
+        data = measure(pairs)
+    except SkippedError as reason:
+        raise SkippedError(" ".join([f"{reason}.", *notes]).removesuffix(".")) from None
     if data.blocks[0] > 0:
         notes.append(f"There is no run without memory: differences are to K = {data.blocks[0]}.")
     numbers = [number for number, _ in pairs]

@@ -4,11 +4,12 @@ import logging
 import time
 import traceback
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import tide_mega
-from tide_mega.data.atomic import sha256_of
+from tide_mega.data.atomic import fingerprint_of, sha256_of
 from tide_mega.diagnostics.analysis import Analysis, SkippedError
 from tide_mega.diagnostics.registry import DIAGNOSTICS, Diagnostic
 from tide_mega.diagnostics.report import Missing, write_report
@@ -82,12 +83,20 @@ def identity_of(analysis: Analysis, diagnostic: Diagnostic) -> dict[str, Any]:
     options = asdict(analysis.options)
     identity: dict[str, Any] = {
         "version": tide_mega.__version__,
+        "code": _code(),
         "options": {name: options[name] for name in ("precision", "seed", *diagnostic.options)},
         "runs": [_run_identity(run, diagnostic) for run in analysis.runs],
     }
     if "texts" in diagnostic.options:
         identity["texts"] = [sha256_of(Path(text)) for text in analysis.options.texts]
     return identity
+
+
+@cache
+def _code() -> str:
+    """Identify this package's own sources: a checkout changes them under one version."""
+    folder = Path(__file__).parent
+    return fingerprint_of({str(path.relative_to(folder)): sha256_of(path) for path in folder.rglob("*.py")})
 
 
 def _run_identity(run: TrainedRun, diagnostic: Diagnostic) -> dict[str, Any]:

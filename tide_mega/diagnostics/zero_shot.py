@@ -1,12 +1,13 @@
 """Table 2: zero-shot tasks, from what `python -m tide_mega.evaluate` has left in the run folders."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from tide_mega.diagnostics.analysis import Analysis, SkippedError
 from tide_mega.diagnostics.section import Cell, DataTable, Section
-from tide_mega.evaluation.compare import compare
+from tide_mega.evaluation.compare import compare, is_accuracy
+from tide_mega.evaluation.options import TITLES
 from tide_mega.evaluation.output import draw
 from tide_mega.evaluation.results import FILE, Comparison, Key, Result, read
 from tide_mega.trained.run import TrainedRun
@@ -15,23 +16,31 @@ _NEEDS = (
     "it needs `python -m tide_mega.evaluate run=...` of these checkpoints first, whose results it finds in "
     "`evaluation` of the run folders"
 )
+_OLD = "results of another scoring alone"
 
 
 def run(analysis: Analysis) -> Section:
-    """Make the section from the tasks that every run with results has.
+    """Make the section from the tasks that every run with results of this version's scoring has.
 
     Raises:
-        SkippedError: there are no results of these checkpoints, or no task in common.
+        SkippedError: there are no such results of these checkpoints, or no task in common.
     """
     found = results_of(analysis.runs)
-    evaluated = [run for run in analysis.runs if run.weights.state.save_id in found]
+    given = {run.label: found.get(run.weights.state.save_id, []) for run in analysis.runs}
+    current = {label: [one for one in results if one.key.is_current] for label, results in given.items()}
+    evaluated = [label for label in given if current[label]]
+    left_out = [
+        f"{label} has {_OLD}: evaluate it again." if given[label] else f"{label} was not evaluated."
+        for label in given
+        if not current[label]
+    ]
     if not evaluated:
-        raise SkippedError(_NEEDS)
-    rows = in_common([found[run.weights.state.save_id] for run in evaluated])
+        raise SkippedError(f"{_NEEDS}; there are {_OLD}" if any(given.values()) else _NEEDS)
+    rows = in_common([current[label] for label in evaluated])
+    dropped = not_in_common({label: given[label] for label in evaluated}, rows[0])
     if not rows[0]:
-        raise SkippedError("the runs were not evaluated on the same tasks in the same way")
-    comparison = compare(rows, [run.label for run in evaluated], {}, "acc_norm")
-    left_out = [run.label for run in analysis.runs if run not in evaluated]
+        raise SkippedError(f"the runs were not evaluated on the same tasks in the same way: {dropped}")
+    comparison = compare(rows, evaluated, {}, "acc_norm")
     return Section(
         name="zero_shot",
         shows="Table 2",
@@ -41,7 +50,7 @@ def run(analysis: Analysis) -> Section:
         findings=(*_means(comparison), *comparison.findings),
         tables={"zero_shot": table(comparison)},
         figures={"zero_shot": draw(comparison)},
-        notes=(*comparison.notes, *(f"{label} was not evaluated." for label in left_out)),
+        notes=(*comparison.notes, *([f"Not compared: {dropped}."] if dropped else []), *left_out),
     )
 
 
@@ -65,6 +74,22 @@ def in_common(runs: Sequence[Sequence[Result]]) -> list[list[Result]]:
     return [[of_run[way] for way in best.values()] for of_run in by_way]
 
 
+def not_in_common(runs: Mapping[str, Sequence[Result]], shown: Sequence[Result]) -> str:
+    """Name the tasks of some run that are not shown, by why: `SciQ, BoolQ (base has no result)`; "" if none."""
+    tasks = {result.key.task for results in runs.values() for result in results}
+    by_reason: dict[str, list[str]] = {}
+    for task in sorted(tasks - {result.key.task for result in shown}):
+        of_task = {label: [one for one in results if one.key.task == task] for label, results in runs.items()}
+        lacking = [
+            f"{label} has {_OLD if results else 'no result'}"
+            for label, results in of_task.items()
+            if not any(one.key.is_current for one in results)
+        ]
+        reason = ", ".join(lacking) or "limit, precision, examples or harness differ"
+        by_reason.setdefault(reason, []).append(TITLES.get(task, task))
+    return "; ".join(f"{', '.join(titles)} ({reason})" for reason, titles in by_reason.items())
+
+
 def table(comparison: Comparison) -> DataTable:
     """Return it with a row a run, and the level of guessing last."""
     columns, chance = ["run"], list[Cell](["chance"])
@@ -85,8 +110,9 @@ def table(comparison: Comparison) -> DataTable:
 
 
 def _means(comparison: Comparison) -> list[str]:
+    number = sum(is_accuracy(column.metric) for column in comparison.columns)
     return [
-        f"{label}: mean accuracy {mean.value:.1f} %"
+        f"{label}: mean accuracy of {number} task{'s' if number > 1 else ''} {mean.value:.1f} %"
         + ("" if mean.stderr is None else f" ± {mean.stderr:.1f}")
         + (
             "."

@@ -1,12 +1,17 @@
 """Results of several checkpoints side by side, as the paper's Table 2, and what can be said of them."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeVar
 
 from tide_mega.evaluation.options import TITLES
-from tide_mega.evaluation.results import Cell, Column, Comparison, Measured, Result
+from tide_mega.evaluation.results import Cell, Column, Comparison, Key, Measured, Result
+
+T = TypeVar("T", str, int | None)
 
 PERPLEXITY = "perplexity"
+SHARES = ("acc", "acc_norm", "exact_match", "f1")
+"""Metrics of the harness that are fractions of 1: shown in %, and averaged. All others are shown as they are."""
 NEAR = 2.0
 """Standard errors within which a score is not told from chance, or two scores from each other."""
 
@@ -52,8 +57,13 @@ def compare(
 
 
 def is_accuracy(metric: str) -> bool:
-    """Whether a metric is a share, which the table shows in %."""
-    return not any(word in metric for word in (PERPLEXITY, "bits_per_byte"))
+    """Whether a metric is a share, which the table shows in %; a filter's name may follow, `f1 (first)`."""
+    return metric.split(" (")[0] in SHARES
+
+
+def is_perplexity(metric: str) -> bool:
+    """Whether a metric is a perplexity or its logarithm."""
+    return any(word in metric for word in (PERPLEXITY, "bits_per_byte"))
 
 
 def _metrics(measured: Measured, metric: str) -> list[str]:
@@ -96,19 +106,17 @@ def _mean(columns: Sequence[Column], row: Sequence[Cell]) -> Cell | None:
 def like_guessing(column: Column, cell: Cell) -> str | None:
     """Say how a score compares with guessing; None where it is better than that, or guessing has no score.
 
-    As good as guessing is within two standard errors of it: the score's or guessing's own, whichever is larger,
-    since a score at either end has none.
+    Guessing is the better one of chance and of one answer given always. As good as it is within two standard
+    errors of it: the score's or guessing's own, whichever is larger, since a score at either end has none.
     """
     if column.chance is None:
         return None
-    for level, name in (
-        *((share, "one answer given always") for share in column.constant),
-        (column.chance, "chance"),
-    ):
-        of_level = math.sqrt(level * (100 - level) / column.examples)
-        if abs(cell.value - level) <= NEAR * max(cell.stderr or 0.0, of_level) + 1e-9:
-            return f"{name} {level:.1f} %"
-    return f"below chance {column.chance:.1f} %" if cell.value < column.chance else None
+    levels = [(column.chance, "chance"), *((share, "one answer given always") for share in column.constant)]
+    best, name = max(levels, key=lambda level: level[0])
+    margin = NEAR * max(cell.stderr or 0.0, math.sqrt(best * (100 - best) / column.examples)) + 1e-9
+    if cell.value - best > margin:
+        return None
+    return f"{'below ' if best - cell.value > margin else ''}{name} {best:.1f} %"
 
 
 def _guesses(columns: Sequence[Column], rows: Sequence[Sequence[Cell]], labels: Sequence[str]) -> list[str]:
@@ -158,14 +166,47 @@ def _notes(
     ]
     notes += _cuts(runs, labels)
     if runs and runs[0]:
-        key = runs[0][0].key
-        if key.limit is not None:
-            notes.append(f"Only the first {key.limit:,} examples of each task (limit={key.limit}).")
-        source = (
-            "the hub" if key.source == "hub" else "local files, with prompts as the harness's tasks have them"
-        )
-        notes.append(f"Examples from {source}; {key.harness}, {key.precision}.")
+        keys = [result.key for result in runs[0]]
+        notes += [*_limits(keys), *_ways(keys)]
     return tuple(notes)
+
+
+def _limits(keys: Sequence[Key]) -> list[str]:
+    """How many examples of which tasks, where that is not all of all."""
+    by_limit = _titles_by((key.limit, key) for key in keys)
+    if len(by_limit) == 1:
+        limit = keys[0].limit
+        return [] if limit is None else [f"Only the first {limit:,} examples of each task (limit={limit})."]
+    parts = [
+        f"the first {limit:,} examples of {titles} (limit={limit})"
+        for limit, titles in by_limit.items()
+        if limit is not None
+    ]
+    rest = f"; all examples of {by_limit[None]}" if None in by_limit else ""
+    return [f"Only {'; '.join(parts)}{rest}."]
+
+
+def _ways(keys: Sequence[Key]) -> list[str]:
+    """Whose examples, which harness and which precision; for each task where they differ."""
+    local = "local files, with prompts as the harness's tasks have them"
+    by_way = _titles_by(
+        (f"from {'the hub' if key.source == 'hub' else local}; {key.harness}, {key.precision}.", key)
+        for key in keys
+    )
+    notes = [
+        f"{'Examples' if len(by_way) == 1 else f'{tasks}: examples'} {way}" for way, tasks in by_way.items()
+    ]
+    if any(key.task == "boolq" and key.source != "hub" for key in keys):
+        notes.append("BoolQ's passages have no titles in the local file, unlike the harness's.")
+    return notes
+
+
+def _titles_by(pairs: Iterable[tuple[T, Key]]) -> dict[T, str]:
+    """The titles of the tasks with the same value."""
+    found: dict[T, list[str]] = {}
+    for value, key in pairs:
+        found.setdefault(value, []).append(TITLES.get(key.task, key.task))
+    return {value: ", ".join(titles) for value, titles in found.items()}
 
 
 def _cuts(runs: Sequence[Sequence[Result]], labels: Sequence[str]) -> list[str]:
@@ -185,8 +226,10 @@ def _cuts(runs: Sequence[Sequence[Result]], labels: Sequence[str]) -> list[str]:
     return [f"{sentence} ({', '.join(those)})." for sentence, those in of.items()]
 
 
-def format_cell(cell: Cell) -> str:
-    """`25.4 ± 0.9`; large perplexities as `9.1e+08 ± 2.5e+07`."""
-    style = ".2g" if cell.value >= 1e6 else ",.0f" if cell.value >= 1000 else ".1f"
+def format_cell(cell: Cell, metric: str = "acc") -> str:
+    """`25.4 ± 0.9`; large perplexities as `9.1e+08 ± 2.5e+07`, what is no share and small as `0.713 ± 0.020`."""
+    size = abs(cell.value)
+    small = not is_accuracy(metric) and size < 10
+    style = ".2g" if size >= 1e6 else ",.0f" if size >= 1000 else ".3f" if small else ".1f"
     error = "" if cell.stderr is None else f" ± {cell.stderr:{style}}"
     return f"{cell.value:{style}}{error}"

@@ -15,6 +15,7 @@ from typing import Any
 from tide_mega.config.errors import ConfigError
 from tide_mega.evaluation.errors import EvaluationError
 from tide_mega.evaluation.local import DEFINITIONS
+from tide_mega.evaluation.options import refuse_unknown
 from tide_mega.evaluation.requests import TextScorer
 from tide_mega.evaluation.results import Measured, Score
 from tide_mega.evaluation.spans import Counts
@@ -138,9 +139,7 @@ def load_from_hub(names: Sequence[str]) -> tuple[Tasks, dict[str, str]]:
 
     with _environment(mode), _quiet():
         manager = TaskManager()
-        unknown = [name for name in names if name not in manager.all_subtasks]
-        if unknown:
-            raise ConfigError(f"tasks={unknown[0]} is no task of {require()}: `lm_eval ls tasks` lists them.")
+        refuse_unknown(names, manager.all_subtasks, require())
         for name in names:
             try:
                 loaded |= manager.load([name])["tasks"]
@@ -148,6 +147,21 @@ def load_from_hub(names: Sequence[str]) -> tuple[Tasks, dict[str, str]]:
                 reason = str(error).strip().splitlines() or [""]
                 absent[name] = f"needs the hub ({type(error).__name__}: {reason[0][:200]})"
     return Tasks(loaded), absent
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Look names up in the harness's index, which takes seconds; asks nothing of the hub.
+
+    Raises:
+        ConfigError: the harness has no task of a name.
+    """
+    if not names:
+        return
+    with _environment(OFFLINE):
+        from lm_eval.tasks import TaskManager
+
+    with _environment(OFFLINE), _quiet():
+        refuse_unknown(names, TaskManager().all_subtasks, require())
 
 
 def _adapter(scorer: TextScorer) -> Any:

@@ -1,5 +1,7 @@
 """What `python -m tide_mega.evaluate` can be told."""
 
+import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from omegaconf import MISSING
@@ -81,3 +83,16 @@ def check(options: EvaluateOptions) -> None:
         values = getattr(options, name)
         if not values or len(set(values)) < len(values):
             refuse(name, ",".join(values), "is empty or names one twice", "name each once")
+
+
+def refuse_unknown(tasks: Sequence[str], known: Sequence[str], harness: str) -> None:
+    """Refuse a task that the harness, by its name and version, does not know.
+
+    Raises:
+        ConfigError: it names the first such task, and what it may have been meant to be.
+    """
+    unknown = next((task for task in tasks if task not in known), None)
+    if unknown is not None:
+        near = difflib.get_close_matches(unknown, known, 1)
+        meant = f"the nearest name is {near[0]}, and " if near else ""
+        refuse("tasks", unknown, f"is no task of {harness}", f"{meant}`lm_eval ls tasks` lists them")

@@ -8,8 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from tide_mega.data.atomic import write_bytes
-from tide_mega.evaluation.compare import format_cell, is_accuracy
-from tide_mega.evaluation.results import Cell, Comparison
+from tide_mega.evaluation.compare import format_cell, is_accuracy, is_perplexity
+from tide_mega.evaluation.results import Cell, Column, Comparison
 from tide_mega.plotting.style import GREY, PALETTE, new_figure
 
 NAME = "zero_shot"
@@ -39,7 +39,11 @@ def as_text(comparison: Comparison) -> str:
         head = ["run", *(column.title for column in comparison.columns), "mean"]
         metrics = ["", *(column.metric for column in comparison.columns), ""]
         rows = [
-            [label, *map(format_cell, cells), _or_dash(mean)]
+            [
+                label,
+                *map(format_cell, cells, [column.metric for column in comparison.columns]),
+                _or_dash(mean),
+            ]
             for label, cells, mean in zip(comparison.labels, comparison.cells, comparison.means, strict=True)
         ]
         chances = [column.chance for column in comparison.columns]
@@ -94,13 +98,13 @@ def _word(value: float | None) -> str:
 
 
 def draw(comparison: Comparison) -> Figure:
-    """Bars with standard errors: accuracies with chance marked, and perplexities beside them."""
-    panels = [
-        [(i, column) for i, column in enumerate(comparison.columns) if is_accuracy(column.metric) is accuracy]
-        for accuracy in (True, False)
-    ]
+    """Bars with standard errors: accuracies with chance marked, beside them perplexities, then what is neither."""
+    panels: list[list[tuple[int, Column]]] = [[], [], []]
+    for i, column in enumerate(comparison.columns):
+        kind = 0 if is_accuracy(column.metric) else 1 if is_perplexity(column.metric) else 2
+        panels[kind].append((i, column))
     with_mean = len(panels[0]) > 1
-    groups = [len(panels[0]) + with_mean, len(panels[1])]
+    groups = [len(panels[0]) + with_mean, *map(len, panels[1:])]
     bar = 0.2 + 0.12 * len(comparison.labels)
     widths = [max(2.4, n * max(1.1, bar)) for n in groups if n]
     figure = new_figure(sum(widths) + 1.6, 4.4)
@@ -120,12 +124,17 @@ def draw(comparison: Comparison) -> Figure:
         _chances(first, chances)
         first.set_title("Zero-shot accuracy (higher is better)")
         first.set_ylabel("accuracy (%), ± standard error")
-    if groups[1]:
+    for panel, title, unit in (
+        (panels[1], "Perplexity (lower is better)", "perplexity"),
+        (panels[2], "Other metrics", "value"),
+    ):
+        if not panel:
+            continue
         axis = next(axes)
-        rows = [[cells[i] for i, _ in panels[1]] for cells in comparison.cells]
-        _bars(axis, [column.title for _, column in panels[1]], rows, comparison.labels)
-        axis.set_title("Perplexity (lower is better)")
-        axis.set_ylabel("perplexity, ± standard error")
+        rows = [[cells[i] for i, _ in panel] for cells in comparison.cells]
+        _bars(axis, [_named(column) for _, column in panel], rows, comparison.labels, panel[0][1].metric)
+        axis.set_title(title)
+        axis.set_ylabel(f"{unit}, ± standard error")
         first = first or axis
     if first is not None:
         handles, labels = first.get_legend_handles_labels()
@@ -136,7 +145,14 @@ def draw(comparison: Comparison) -> Figure:
     return figure
 
 
-def _bars(axis: Axes, titles: list[str], rows: list[list[Cell]], labels: tuple[str, ...]) -> None:
+def _named(column: Column) -> str:
+    """A bar's name: with the metric, unless it is of a kind that its panel is about."""
+    return column.title if is_perplexity(column.metric) else f"{column.title}\n{column.metric}"
+
+
+def _bars(
+    axis: Axes, titles: list[str], rows: list[list[Cell]], labels: tuple[str, ...], metric: str = "acc"
+) -> None:
     width = 0.8 / len(rows)
     for n, (label, row) in enumerate(zip(labels, rows, strict=True)):
         x = [i + width * (n - (len(rows) - 1) / 2) for i in range(len(titles))]
@@ -152,11 +168,13 @@ def _bars(axis: Axes, titles: list[str], rows: list[list[Cell]], labels: tuple[s
             linewidth=0.5,
             label=label,
         )
-        texts = [format_cell(Cell(cell.value, None)) for cell in row]
+        texts = [format_cell(Cell(cell.value, None), metric) for cell in row]
         white = {"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.85}
         turned = 90 if len(rows) > 2 else 0
         axis.bar_label(bars, texts, fontsize=7, padding=3, rotation=turned, bbox=white, zorder=5)
-    axis.set_ylim(0, 1.12 * axis.get_ylim()[1])  # room for the numbers
+    low, high = axis.get_ylim()
+    negative = any(cell.value < 0 for row in rows for cell in row)
+    axis.set_ylim(1.12 * low if negative else 0, 1.12 * high)  # room for the numbers
     axis.set_xticks(range(len(titles)), titles)
     axis.set_xlim(-0.6, len(titles) - 0.4)
     axis.spines[["top", "right"]].set_visible(False)

@@ -6,6 +6,7 @@ the one that holds the results answers.
 
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -14,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from tide_mega.evaluation.errors import BrokenReplicaError, EvaluationError
-from tide_mega.evaluation.scorer import Likelihood, Prompt, ReplicaScorer
+from tide_mega.evaluation.scorer import Likelihood, Prompt, ReplicaScorer, refuse_not_finite
 from tide_mega.evaluation.spans import Span
 
 log = logging.getLogger(__name__)
@@ -35,7 +36,11 @@ class Replicas:
         self.scorer, self.host = scorer, host
 
     def score(self, spans: Sequence[Span]) -> list[Likelihood]:
-        """Score spans in any order; on rank 0, while all others serve."""
+        """Score spans in any order; on rank 0, while all others serve.
+
+        Raises:
+            EvaluationError: a process failed, or a log-likelihood is not finite.
+        """
         per_round = self.scorer.spans_at_once * ROUND_CALLS * self._number
         return self._ask(_SCORE, spans, [len(span.tokens) for span in spans], per_round)
 
@@ -85,13 +90,21 @@ class Replicas:
             shares = [chosen[replica :: self._number] for replica in range(self._number)]
             content = [[items[i] for i in share] for share in shares]
             self._broadcast((kind, content))
-            for share, answer in zip(shares, self._answer(kind, content), strict=True):
+            answers = self._answer(kind, content)
+            if kind == _SCORE:
+                self._check(answers)
+            for share, answer in zip(shares, answers, strict=True):
                 for i, result in zip(share, answer, strict=True):
                     results[i] = result
             if time.monotonic() - said > SAY_EVERY:
                 said = time.monotonic()
                 log.info("  %s of %s requests", f"{first + len(chosen):,}", f"{len(items):,}")
         return results
+
+    def _check(self, answers: list[list[Likelihood]]) -> None:
+        finite = [math.isfinite(nats) for answer in answers for nats, _ in answer]
+        run = self.scorer.model.run
+        refuse_not_finite(run, "log-likelihoods", finite.count(False), len(finite))
 
     def _answer(self, kind: str, content: list[list[Any]]) -> list[list[Any]]:
         """Do this replica's share; on rank 0 return the answers of all replicas.

@@ -59,6 +59,11 @@ class Key:
     harness: str
     """Its name and version, and `SCORING`."""
 
+    @property
+    def is_current(self) -> bool:
+        """Whether this version's scoring gave it."""
+        return self.harness.endswith(f", scoring {SCORING}")
+
 
 @dataclass(frozen=True)
 class Result:

@@ -13,8 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tide_mega.data.batch import IGNORE_LABEL, TokenBatch
+from tide_mega.evaluation.errors import EvaluationError
 from tide_mega.evaluation.spans import Span
 from tide_mega.trained.model import TrainedModel
+from tide_mega.trained.run import TrainedRun
 
 Likelihood = tuple[float, bool]
 """Log-likelihood in nats of a span's scored tokens, and whether each is the model's first choice."""
@@ -127,23 +129,37 @@ class ReplicaScorer:
         pipeline = self.model.groups.pipeline
         if pipeline.size() > 1:
             dist.broadcast(ids_B, src=dist.get_global_rank(pipeline, pipeline.size() - 1), group=pipeline)
+        refuse_not_finite(self.model.run, "greedy choices", int((ids_B < 0).sum()), len(sequences))
         return [int(token) for token in ids_B.tolist()]
 
     def _likeliest(self, hidden_BD: Tensor) -> Tensor:
-        """The argmax over the vocabulary, of which each tensor-parallel rank holds consecutive rows."""
+        """The argmax over the vocabulary, of which a tensor rank holds consecutive rows; -1 if not finite."""
         chunk, group = self.model.stage.transformers[-1], self.model.groups.tensor
         weight = chunk.output_weight
         weight_WD = chunk.shared_embedding_or_output_weight() if weight is None else weight
         top_B, index_B = F.linear(hidden_BD, weight_WD).float().max(-1)
-        if group.size() == 1:
-            return index_B
         ids_B = index_B + group.rank() * weight_WD.size(0)
-        tops = [torch.empty_like(top_B) for _ in range(group.size())]
-        ids = [torch.empty_like(ids_B) for _ in range(group.size())]
-        dist.all_gather(tops, top_B.contiguous(), group=group)
-        dist.all_gather(ids, ids_B.contiguous(), group=group)
-        best_B = torch.stack(tops).max(0).indices
-        return torch.stack(ids).gather(0, best_B[None])[0]
+        if group.size() > 1:
+            tops = [torch.empty_like(top_B) for _ in range(group.size())]
+            ids = [torch.empty_like(ids_B) for _ in range(group.size())]
+            dist.all_gather(tops, top_B.contiguous(), group=group)
+            dist.all_gather(ids, ids_B.contiguous(), group=group)
+            top_B, best_B = torch.stack(tops).max(0)
+            ids_B = torch.stack(ids).gather(0, best_B[None])[0]
+        return ids_B.where(top_B.isfinite(), -1)
+
+
+def refuse_not_finite(run: TrainedRun, what: str, number: int, of: int) -> None:
+    """Refuse a model's answers of which some are NaN or infinite: comparing them would still give a score.
+
+    Raises:
+        EvaluationError: `number` is not zero.
+    """
+    if number:
+        raise EvaluationError(
+            f"{number:,} of {of:,} {what} of {run.label} ({run.weights.path}) are not finite: its weights are "
+            "damaged or its training had diverged, so give an earlier checkpoint, or leave it out."
+        )
 
 
 def _likelihoods(spans: Sequence[Span], scored: Sequence[Any]) -> list[Likelihood]:

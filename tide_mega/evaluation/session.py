@@ -1,38 +1,27 @@
-"""An evaluation from its options: checkpoints one after the other, each on every task, kept as it goes."""
+"""An evaluation from its options: checkpoints one after the other, each on every task."""
 
-import logging
-import tempfile
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from tide_mega.checkpoint.manifest import Manifest
-from tide_mega.config.errors import refuse
+from tide_mega.config.errors import ConfigError, refuse
 from tide_mega.config.schema import ParallelConfig
 from tide_mega.config.shape_rules import check_parallel
-from tide_mega.data.atomic import sha256_of
-from tide_mega.evaluation import harness
-from tide_mega.evaluation.compare import compare
+from tide_mega.evaluation.book import Book
 from tide_mega.evaluation.errors import EvaluationError
-from tide_mega.evaluation.local import find_files
 from tide_mega.evaluation.options import EvaluateOptions, check
-from tide_mega.evaluation.output import write_all
 from tide_mega.evaluation.replicas import Replicas
 from tide_mega.evaluation.requests import TextScorer
-from tide_mega.evaluation.results import FILE, SCORING, Comparison, Key, Measured, Result, Stored, read
+from tide_mega.evaluation.results import Comparison
 from tide_mega.evaluation.scorer import ReplicaScorer
 from tide_mega.parallel.device import Device
 from tide_mega.parallel.groups import make_host_group
 from tide_mega.trained.model import TrainedModel
 from tide_mega.trained.run import TrainedRun, open_runs
-
-log = logging.getLogger(__name__)
 
 WAIT_MINUTES = 48 * 60.0
 """The others wait so long for rank 0, which downloads tasks, builds requests and computes standard errors."""
@@ -48,20 +37,22 @@ def evaluate(options: EvaluateOptions, device: Device) -> Comparison | None:
         The comparison on rank 0, None elsewhere.
 
     Raises:
-        ConfigError: an option that cannot be meant, a run that cannot be opened, a damaged local file.
-        EvaluationError: a process failed, none of the tasks can be had, or `out` has something else.
+        ConfigError: an option that cannot be meant, a run that cannot be opened or that not every process sees, a
+            task that nobody knows, a damaged local file, an `out` that cannot be written.
+        EvaluationError: a process failed, a model's answers are not finite, none of the tasks can be had, or `out`
+            has something else.
     """
     check(options)
-    runs = open_runs(options.run, options.data)
+    host = make_host_group(WAIT_MINUTES)
+    runs = _open_runs(options, host)
     for run in runs:
         _check_topology(run, options)
-    host = make_host_group(WAIT_MINUTES)
     with ExitStack() as stack:
-        book: _Book | None = None
+        book: Book | None = None
 
         def prepare() -> list[bool]:
             nonlocal book
-            book = _Book.open(options, runs, stack)
+            book = Book.open(options, runs, stack)
             return [bool(book.missing(i)) for i in range(len(runs))]
 
         for i, needed in enumerate(_from_rank_0(host, prepare)):
@@ -73,13 +64,29 @@ def evaluate(options: EvaluateOptions, device: Device) -> Comparison | None:
     return comparison
 
 
+def _open_runs(options: EvaluateOptions, host: ProcessGroup) -> list[TrainedRun]:
+    """Rank 0's choice of checkpoints for all processes, since a training may save a newer one between two looks.
+
+    Raises:
+        ConfigError: a run cannot be opened, or is not there for this process.
+    """
+    runs: list[TrainedRun] = _from_rank_0(host, lambda: open_runs(options.run, options.data))
+    for folder in (folder for run in runs for folder in (run.weights.path, run.data)):
+        if not folder.is_dir():
+            raise ConfigError(
+                f"{folder}, which rank 0 has opened, is not there for rank {host.rank()}: keep runs and their "
+                "dataset where all processes see them."
+            )
+    return runs
+
+
 def _evaluate_run(
     options: EvaluateOptions,
     device: Device,
     host: ProcessGroup,
     run: TrainedRun,
     index: int,
-    book: "_Book | None",
+    book: Book | None,
 ) -> None:
     parallel = ParallelConfig(tensor=options.tensor, pipeline=options.pipeline)
     model = TrainedModel(run, device, precision=options.precision, parallel=parallel)
@@ -91,94 +98,6 @@ def _evaluate_run(
             scorer = TextScorer(replicas, run.tokenizer)
             for task in book.missing(index):
                 book.measure(index, task, scorer)
-
-
-@dataclass
-class _Book:
-    """Rank 0's: tasks, and results kept in the file."""
-
-    options: EvaluateOptions
-    runs: list[TrainedRun]
-    tasks: harness.Tasks
-    absent: dict[str, str]
-    sources: dict[str, str]
-    """Of each task, as in `Key`."""
-    version: str
-    stored: Stored
-    done: set[Key] = field(default_factory=set)
-    """Of this evaluation, or found in the file."""
-
-    @classmethod
-    def open(cls, options: EvaluateOptions, runs: list[TrainedRun], stack: ExitStack) -> "_Book":
-        version = f"{harness.require()}, scoring {SCORING}"
-        if options.local is None:
-            tasks, absent = harness.load_from_hub(options.tasks)
-            sources = dict.fromkeys(tasks.names, "hub")
-        else:
-            files, absent = find_files(Path(options.local), options.tasks)
-            cache = stack.enter_context(tempfile.TemporaryDirectory(prefix="tide-datasets-"))
-            tasks = harness.load_local(files, Path(cache))
-            sources = {name: sha256_of(path) for name, path in files.items()}
-        for name, reason in absent.items():
-            log.warning("%s is not evaluated: %s", name, reason)
-        if not tasks.names:
-            raise EvaluationError(
-                "no task can be evaluated: " + "; ".join(f"{n} {why}" for n, why in absent.items())
-            )
-        path = _folder(options, runs) / FILE
-        book = cls(options, runs, tasks, absent, sources, version, read(path) if path.exists() else Stored())
-        if not options.fresh:
-            book.done = set(book.stored.results)
-        return book
-
-    def key(self, index: int, task: str) -> Key:
-        save = Manifest.read(self.runs[index].weights.path).save_id
-        options = self.options
-        return Key(save, task, self.sources[task], options.limit, options.precision, self.version)
-
-    def missing(self, index: int) -> list[str]:
-        """Tasks of a run that are still to be computed."""
-        return [task for task in self.tasks.names if self.key(index, task) not in self.done]
-
-    def measure(self, index: int, task: str, scorer: TextScorer) -> None:
-        """Compute a task and keep its result."""
-        run, started = self.runs[index], time.monotonic()
-        log.info("%s, %s ...", run.label, task)
-        measured = self.tasks.measure(task, scorer, self.options.limit)
-        key = self.key(index, task)
-        where = str(run.weights.path)
-        self.stored.results[key] = Result(
-            key, run.label, where, run.step, run.tokens, run.num_blocks, measured
-        )
-        self.done.add(key)
-        self.stored.write(_folder(self.options, self.runs) / FILE)
-        log.info("%s, %s: %s (%.0f s)", run.label, task, _said(measured), time.monotonic() - started)
-
-    def finish(self) -> Comparison:
-        """Compare, write everything."""
-        rows = [
-            [self.stored.results[self.key(index, task)] for task in self.tasks.names]
-            for index in range(len(self.runs))
-        ]
-        labels = [run.label for run in self.runs]
-        comparison = compare(rows, labels, self.absent, self.options.metric)
-        self.stored.comparison = comparison
-        folder = _folder(self.options, self.runs)
-        self.stored.write(folder / FILE)
-        write_all(comparison, folder)
-        return comparison
-
-
-def _folder(options: EvaluateOptions, runs: list[TrainedRun]) -> Path:
-    return Path(options.out) if options.out is not None else runs[-1].folder / "evaluation"
-
-
-def _said(measured: Measured) -> str:
-    parts = []
-    for name, score in measured.scores.items():
-        error = "" if score.stderr is None else f" ± {score.stderr:.4g}"
-        parts.append(f"{name} {score.value:.4g}{error}")
-    return f"{', '.join(parts)} on {measured.examples:,} examples"
 
 
 def _check_topology(run: TrainedRun, options: EvaluateOptions) -> None:

@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 
 from tide_mega.diagnostics.analysis import Analysis, SkippedError
+from tide_mega.diagnostics.base_models import caution
 from tide_mega.diagnostics.curves.plot import STEEP, draw
 from tide_mega.diagnostics.curves.points import Curve, difference, reaches, read_curve
 from tide_mega.diagnostics.section import DataTable, Section
+from tide_mega.trained.run import TrainedRun
 
 SHARES = (0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 """Of the tokens that all runs have, at which losses stand in the table."""
@@ -22,6 +24,7 @@ def run(analysis: Analysis) -> Section:
     """Read what the runs logged while training; see `Section`."""
     notes: list[str] = []
     curves: list[Curve] = []
+    shown: list[TrainedRun] = []
     for one in analysis.runs:
         curve = read_curve(one.metrics, one.label, one.num_blocks, one.step) if one.metrics.exists() else None
         if curve is None or not len(curve.tokens):
@@ -30,8 +33,10 @@ def run(analysis: Analysis) -> Section:
         if curve.left_out:
             notes.append(f"{one.label}: {curve.left_out} log lines whose loss is not finite are left out.")
         curves.append(curve)
+        shown.append(one)
     if not curves:
         raise SkippedError("it needs a run with a metrics.jsonl that has training losses")
+    notes += caution(shown)
     notes += describe_smoothing(curves)
     notes.append(
         f"The axes span what follows the first {STEEP:.0%} of each run's tokens: what lies outside stands in "

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from tide_mega.diagnostics.analysis import Analysis, SkippedError
+from tide_mega.diagnostics.base_models import caution, difference
 from tide_mega.diagnostics.deciles.run_losses import DecileRun, NoEvaluationError, load_run
 from tide_mega.trained.run import TrainedRun
 
@@ -29,8 +30,10 @@ class Evaluations:
     """What was left out, and what the comparison suffers from."""
 
 
-def last_evaluations(analysis: Analysis) -> Evaluations:
+def last_evaluations(analysis: Analysis, *, one_base_model: bool = False) -> Evaluations:
     """Read the runs' metrics; runs without evaluation, or on other text than the first, are left out with a note.
+
+    So are, with `one_base_model`, runs of another base model than the first's; else a caution names them.
 
     Raises:
         SkippedError: no run has an evaluation.
@@ -50,6 +53,11 @@ def last_evaluations(analysis: Analysis) -> Evaluations:
                 "evaluate both with the same data and trainer.eval_sequences."
             )
             continue
+        if one_base_model and found and (what := difference(run, found[0].run)):
+            notes.append(
+                f"{run.label} is left out: its base model is not that of {found[0].run.label} ({what})."
+            )
+            continue
         if evaluation.step < run.step:
             notes.append(
                 f"{run.label}: the evaluation is of step {evaluation.step:,}, the newest up to the "
@@ -59,7 +67,9 @@ def last_evaluations(analysis: Analysis) -> Evaluations:
         found.append(Evaluated(run, evaluation))
     if not found:
         raise SkippedError("it needs a run that was evaluated while it was trained (trainer.eval_every)")
-    return Evaluations(tuple(found), (*notes, *unequal_tokens([one.evaluation for one in found])))
+    notes += caution([one.run for one in found])
+    notes += unequal_tokens([one.evaluation for one in found])
+    return Evaluations(tuple(found), tuple(notes))
 
 
 def unequal_tokens(runs: list[DecileRun]) -> list[str]:

@@ -8,6 +8,7 @@ import numpy as np
 from tide_mega.data.batch import TokenBatch
 from tide_mega.data.texts import TextSet, load_texts
 from tide_mega.diagnostics.analysis import Analysis
+from tide_mega.diagnostics.base_models import caution
 from tide_mega.diagnostics.perplexity.curves import Point, TextCurve, join, spread
 from tide_mega.diagnostics.perplexity.plot import draw, draw_relative
 from tide_mega.diagnostics.perplexity.scores import digest, label_bytes, logged_points, score
@@ -147,11 +148,12 @@ def _joined(
 
 
 def _differing_settings(runs: Sequence[TrainedRun]) -> list[str]:
-    notes = []
+    notes = caution(runs)
     lengths = {run.label: run.config.data.seq_length for run in runs}
     if len(set(lengths.values())) > 1:
         each = ", ".join(f"{name} {length:,}" for name, length in lengths.items())
         notes.append(f"Sequence lengths differ, and with them the context of every token: {each}.")
-    if any(not np.array_equal(run.bins, runs[0].bins) for run in runs):
+    # Of the tokenizer's types: `bins` also has the rows that pad a vocabulary.
+    if any(not np.array_equal(run.deciles.bin_of_type, runs[0].deciles.bin_of_type) for run in runs):
         notes.append("The runs' frequency deciles differ: rare, mid and common are each run's own.")
     return notes

@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from tide_mega.diagnostics.analysis import Analysis
 from tide_mega.diagnostics.section import Cell, DataTable, Section
@@ -44,9 +46,7 @@ def run(analysis: Analysis) -> Section:
     """Show the updates at the runs' own length and batch, and at the paper's."""
     own = _own_settings(analysis.runs)
     widest = analysis.runs[-1]
-    paper = Setting(
-        "the paper's budget on this text", PAPER, measure_updates(widest.counts, widest.bins, PAPER)
-    )
+    paper = Setting("the paper's budget on this text", PAPER, measure_updates(*_types(widest), PAPER))
     return Section(
         name="updates",
         shows="Equation 2.2, Table 1",
@@ -64,16 +64,18 @@ def _own_settings(runs: Sequence[TrainedRun]) -> list[Setting]:
     alike: dict[object, tuple[Schedule, list[TrainedRun]]] = {}
     for of in runs:
         schedule = Schedule(of.step, of.config.trainer.global_batch_size * of.config.data.seq_length)
-        key = (schedule, of.counts.tobytes(), of.bins.tobytes())
+        key = (schedule, *(values_V.tobytes() for values_V in _types(of)))
         alike.setdefault(key, (schedule, []))[1].append(of)
     return [
-        Setting(
-            ", ".join(of.label for of in same),
-            schedule,
-            measure_updates(same[0].counts, same[0].bins, schedule),
-        )
+        Setting(", ".join(of.label for of in same), schedule, measure_updates(*_types(same[0]), schedule))
         for schedule, same in alike.values()
     ]
+
+
+def _types(run: TrainedRun) -> tuple[NDArray[np.integer], NDArray[np.integer]]:
+    """Counts and deciles of the tokenizer's types [V], without the rows that pad the model's vocabulary."""
+    bins_V = run.deciles.bin_of_type
+    return run.counts[: len(bins_V)], bins_V
 
 
 def draw(own: Sequence[Setting], paper: Setting) -> Figure:
