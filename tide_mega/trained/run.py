@@ -125,8 +125,8 @@ class TrainedRun:
         run = cls(label or folder.name, folder, config, StoredWeights(chosen), dataset)
         if not run._is_its_dataset():
             raise ConfigError(
-                f"{dataset} is not the dataset that {text} was trained on, or was prepared anew since: its frequency "
-                "deciles are others. Say where the right one lies with data=<folder>."
+                f"{dataset} is not the dataset that {text} was trained on, or was prepared anew since: its "
+                "frequency deciles are others. Say where the right one lies with data=<folder>."
             )
         return run
 
