@@ -31,8 +31,8 @@ def nearest(
 ) -> NDArray[np.int64]:
     """Find each query's neighbours in every table, nearest first; takes two passes.
 
-    A query is not its own neighbour. Of equally near ones the lower id comes first. Rows of zeros have no
-    direction: they are nobody's neighbours and have none.
+    A query is not its own neighbour. Directions are rounded to fp32; of equally near ones the lower id comes
+    first. Rows of zeros have no direction: they are nobody's neighbours and have none.
 
     Args:
         tables: starts a pass over the tables.
