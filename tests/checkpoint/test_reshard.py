@@ -79,6 +79,7 @@ def test_everything_is_stored_once_and_whole(saved_at):
     assert len(names) == 3 * (4 * 10 + 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loaded", ["dp2", "tp2 sp"])
 def test_bf16_parameters_are_the_rounded_masters(pools, tiny_data, tmp_path, loaded):
     bf16 = ("trainer.precision=bf16", "trainer.max_steps=3")

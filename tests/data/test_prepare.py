@@ -68,6 +68,7 @@ def test_counts_and_deciles_are_of_the_training_split(
     assert load_tokenizer(out, options.eos_token).fingerprint == index.tokenizer.fingerprint
 
 
+@pytest.mark.slow
 def test_output_is_the_same_for_any_number_of_workers(
     options: PrepareOptions, documents: list[str], run: Run, tmp_path: Path
 ) -> None:
@@ -130,7 +131,8 @@ def killed_at(options: PrepareOptions, nth: int) -> bool:
     return process.exitcode != 0
 
 
-@pytest.mark.parametrize("tokenizer", ["given", pytest.param("bpe:512", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("tokenizer", ["given", "bpe:512"])
 def test_killed_at_any_file_it_goes_on_to_the_same_output(
     options: PrepareOptions, documents: list[str], run: Run, tmp_path: Path, tokenizer: str
 ) -> None:

@@ -7,6 +7,7 @@ from tide_mega.diagnostics.options import AnalyzeOptions
 from tide_mega.trained.model import TrainedModel
 
 
+@pytest.mark.slow
 def test_one_model_is_in_memory_at_a_time(tiny_runs, alone, monkeypatch):
     there, before = weakref.WeakSet(), []
 

@@ -200,6 +200,7 @@ def test_without_memory_it_is_skipped(tiny_runs, alone):
         run(analysis_of(tiny_runs, alone, 0))
 
 
+@pytest.mark.slow
 def test_figures_of_many_blocks_and_layers_show_all_of_them():
     weights_LSJ = np.random.default_rng(0).dirichlet(np.ones(25), (28, len(SLOTS)))
     one = draw_one_layer(weights_LSJ[-1], "k24", 27)

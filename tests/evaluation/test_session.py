@@ -13,7 +13,6 @@ import pytest
 pytest.importorskip("lm_eval")
 
 from tests.evaluation.texts import questions
-from tests.support.slow import quick_and_slow
 from tide_mega.config.errors import ConfigError
 from tide_mega.evaluation import harness
 from tide_mega.evaluation.errors import EvaluationError
@@ -152,7 +151,8 @@ def evaluate_here(options):
     return evaluate(options, choose_device("cpu", 0))
 
 
-@pytest.mark.parametrize("sizes", quick_and_slow([{}], [{}, {"tensor": 2}]))
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [{}, {"tensor": 2}])
 def test_two_processes_give_the_table_of_one(options, alone, pools, tmp_path, sizes):
     table, nothing = pools(2).run(evaluate_here, replace(options, out=str(tmp_path / "two"), **sizes))
     assert nothing is None

@@ -36,5 +36,6 @@ def test_ranges_are_contiguous_and_the_way_back_restores_the_deal(pools, vocab_s
     assert pools(2).run(there_and_back, vocab_size, owners) == ranges
 
 
+@pytest.mark.slow
 def test_three_owners_of_four_processes(pools):
     assert pools(4).run(there_and_back, 10, (0, 1, 3)) == [(0, 4), (4, 8), (0, 0), (8, 10)]

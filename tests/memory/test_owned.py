@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.id_sets import exchanges, id_sets
+from tests.support.slow import quick_and_slow
 from tests.support.tables import BLOCKS, OPTIM, WIDTH, drawn, owned_tables, whole_rows
 from tide_mega.config.schema import OptimConfig
 
@@ -89,7 +90,7 @@ def trainings(draw, tensor, data):
     return vocabulary, draw(st.lists(step, min_size=1, max_size=5))
 
 
-@pytest.mark.parametrize(("tensor", "data"), LAYOUTS)
+@pytest.mark.parametrize(("tensor", "data"), quick_and_slow(LAYOUTS[:2], LAYOUTS))
 @QUICK
 @given(draw=st.data())
 def test_owners_train_as_dense_adamw_on_the_whole_table(pools, tensor, data, draw):
@@ -203,6 +204,7 @@ def test_owners_resume_from_their_state_to_the_last_bit(pools, training):
     assert pools(2).run(resume, *training) == [(True, True)] * 2
 
 
+@pytest.mark.slow
 @settings(max_examples=10, deadline=None)
 @given(training=trainings(2, 2))
 def test_trainings_repeat_to_the_last_bit(pools, training):

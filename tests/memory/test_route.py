@@ -99,6 +99,7 @@ def test_two_owners_serve_any_sets(pools, case):
     check(pools(2), *case)
 
 
+@pytest.mark.slow
 @QUICK
 @given(case=exchanges(askers=4, members=4))
 @example(case=(6, [[0, 4], [], [5], [1, 2, 3]]))

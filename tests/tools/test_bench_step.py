@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from tests.support.slow import quick_and_slow
 from tests.support.tools import tool_module
 from tide_mega.config.schema import MemoryConfig
 from tide_mega.config.sizes import flops_per_token
@@ -19,7 +20,7 @@ def tool():
         yield module
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", quick_and_slow(["fp32"], ["fp32", "bf16"]))
 def test_table_json_and_figure_agree(tool, tmp_path, capsys, precision):
     out, plot = tmp_path / "step.json", tmp_path / "step.png"
     words = [*TINY, f"precision={precision}", "blocks=3", "accumulation=2", f"out={out}", f"plot={plot}"]

@@ -44,6 +44,7 @@ def test_every_kernel_compiles_for_both_architectures_without_a_fault(tool, aot,
     assert "18 kernels compiled, 0 with a fault" in shown
 
 
+@pytest.mark.slow
 def test_a_width_that_is_no_power_of_two_and_many_blocks_compile(tool, aot, capsys):
     assert (
         tool.main(

@@ -125,6 +125,7 @@ def test_rollbacks_past_the_limit_stop_the_run(pools, tiny_data, tmp_path):
     assert summary(tmp_path)["ended_by"].startswith("DivergedError")
 
 
+@pytest.mark.slow
 def test_a_slow_rank_is_named(pools, tiny_data, tmp_path):
     words = ("trainer.eval_every=0", "faults.inject=[slow@3:1:0.4]", "memory.owners=tensor")
     assert pools(2).run(train_here, tiny(tiny_data, tmp_path, *words, world_size=2)) == [6, 6]

@@ -107,7 +107,7 @@ def assert_counted(records, kinds):
             assert all(moved[kind] > 0 for kind in kinds)
 
 
-@pytest.mark.parametrize("name", quick_and_slow(["pipeline", "owners", "ahead"], TOPOLOGIES))
+@pytest.mark.parametrize("name", quick_and_slow(["pipeline", "owners"], TOPOLOGIES))
 def test_a_topology_has_the_curve_of_one_process_and_resumes_to_the_last_bit(
     pools, tiny_data, tmp_path, alone, name
 ):

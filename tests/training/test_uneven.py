@@ -151,6 +151,7 @@ def test_a_replica_of_one_token_type_trains_as_in_one_process(
             assert record["grad_norm_tables"] == pytest.approx(wanted["grad_norm_tables"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_vocabulary_that_owners_do_not_divide_trains_as_in_one_process(pools, tiny_data, tmp_path):
     odd = DatasetIndex.load(tiny_data).tokenizer.vocab_size | 1
     overrides = (f"model.vocab_size={odd}", "trainer.eval_sequences=9")

@@ -209,6 +209,7 @@ def test_a_wrong_sum_reaches_the_findings() -> None:
     assert "for 1 of 2 token types the total is LESS than the bound" in text
 
 
+@pytest.mark.slow
 def test_trained_runs_are_differentiated(tiny_runs: dict[int, Path], alone: Device) -> None:
     options = AnalyzeOptions(
         run=[f"base={tiny_runs[0]}", f"again={tiny_runs[0]}", f"tide={tiny_runs[2]}"], sequences=6, batch=2
