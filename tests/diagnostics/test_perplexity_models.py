@@ -1,5 +1,7 @@
 import weakref
 
+import pytest
+
 from tide_mega.diagnostics import analysis as analyses
 from tide_mega.diagnostics import perplexity
 from tide_mega.diagnostics.analysis import Analysis
