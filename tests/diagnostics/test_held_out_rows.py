@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tide_mega.data.batch import IGNORE_LABEL, TokenBatch
+from tide_mega.data.errors import DataError
 from tide_mega.diagnostics.analysis import Analysis, SkippedError
 from tide_mega.diagnostics.options import AnalyzeOptions
 from tide_mega.parallel.device import choose_device
@@ -23,6 +24,19 @@ def test_rows_with_padding_are_left_out(tiny_runs: dict[int, Path], monkeypatch:
     monkeypatch.setattr(analysis, "held_out", lambda _: [TokenBatch(tokens_BT[1:3], labels_BT[1:3])])
     with pytest.raises(SkippedError, match="held-out text of a whole sequence, 33 tokens"):
         analysis.held_out_rows(run, 9)
+
+
+@pytest.mark.parametrize("how", ["skip", "fail"])
+def test_bad_shards_are_dealt_with_as_the_training_did(
+    tiny_runs: dict[int, Path], monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    analysis = Analysis.open(AnalyzeOptions(run=[str(tiny_runs[2])], sequences=2), choose_device("cpu", 0))
+    (run,) = analysis.runs
+    run.config.data.on_bad_shard = how
+    monkeypatch.setattr("tide_mega.data.stream.check_shard", lambda *_: "is cut")
+    error = "holds 0 readable tokens" if how == "skip" else "is cut"
+    with pytest.raises(DataError, match=error):
+        analysis.held_out(run)
 
 
 def test_a_batch_larger_than_the_text_adds_no_rows(tiny_runs: dict[int, Path]) -> None:
