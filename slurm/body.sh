@@ -7,7 +7,9 @@
 #   TIDE_CONTAINER  image for `srun --container-image` (pyxis); TIDE_MOUNTS adds mounts as src:dst,src:dst
 #   TIDE_VENV       virtual environment, where no container is given; default: $TIDE_HOME/.venv if there is one
 #   TIDE_RUN_NAME   name of the run folder; default: <experiment>-<job id>, which a requeued job keeps
-#   TIDE_IFNAME     network interface for NCCL's and gloo's sockets between nodes
+#   TIDE_IFNAME     network interface for NCCL's and gloo's sockets between nodes; default: gloo's is the one that leads
+#                   to the first node, and NCCL chooses, InfiniBand before others
+#   TRITON_CACHE_DIR, TORCHINDUCTOR_CACHE_DIR  of compiled kernels; default: folders of the node's own disk (task.sh)
 #   TIDE_WAIT_SECONDS  how long processes may go on after the first has ended; default 120
 #   TIDE_HEALTH     0 leaves out the check of the nodes before the run
 # and those of outcome.sh, which decides what follows when the processes have ended.
@@ -32,6 +34,7 @@ cd "$home"
 # --- Which Python.
 # A process that has ended leaves the others time to end as well: rank 0 may still be writing out its logs, and a
 # status that all agreed on would be lost. After that a dead process ends the job instead of hanging it.
+# Each process binds itself to the cores of its GPU's NUMA node (tide_mega.parallel.affinity): it must see all of them.
 launch=(srun --kill-on-bad-exit=0 "--wait=${TIDE_WAIT_SECONDS:-120}" --cpu-bind=none)
 if [[ -n "${TIDE_CONTAINER:-}" ]]; then
     launch+=("--container-image=$TIDE_CONTAINER" "--container-workdir=$home")
@@ -57,7 +60,12 @@ if ((gpus > 0)); then
     ((tasks_on_node <= gpus)) ||
         fail "$tasks_on_node tasks on a node with $gpus GPU(s): submit with --ntasks-per-node=$gpus, one task a GPU."
     case "$names" in
+        *GB300*) cluster=gb300 ;;
+        *B300*) cluster=b300 ;;
+        *GB200*) cluster=gb200 ;;
         *B200*) cluster=b200 ;;
+        *GH200*) cluster=local ;; # 96 or 144 GB
+        *H200*) cluster=h200 ;;
         *H100*) cluster=h100 ;;
         *) cluster=local ;;
     esac
@@ -72,8 +80,11 @@ else
 fi
 
 # --- Rendezvous. SLURM knows the address of a node even where its name does not resolve.
-head_node="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
-MASTER_ADDR="$(scontrol show node "$head_node" | grep -o 'NodeAddr=[^ ]*' | cut -d= -f2)"
+TIDE_NODES="$(scontrol show hostnames "$SLURM_JOB_NODELIST")" || # in the order of the ranks, one a line
+    fail "scontrol does not name the nodes of $SLURM_JOB_NODELIST: ask whoever runs this cluster."
+head_node="${TIDE_NODES%%$'\n'*}"
+export TIDE_NODES="${TIDE_NODES//$'\n'/ }"
+MASTER_ADDR="$(scontrol show node "$head_node" 2>/dev/null | grep -o 'NodeAddr=[^ ]*' | cut -d= -f2 || true)"
 MASTER_ADDR="${MASTER_ADDR:-$head_node}"
 # Below the ephemeral range; another port after a requeue, since the last one may linger.
 MASTER_PORT="$((20000 + (SLURM_JOB_ID + 131 * ${SLURM_RESTART_COUNT:-0}) % 12000))"
@@ -84,12 +95,11 @@ elif [[ -n "${TIDE_IFNAME:-}" ]]; then
     export NCCL_SOCKET_IFNAME="$TIDE_IFNAME" GLOO_SOCKET_IFNAME="$TIDE_IFNAME"
 fi
 export MASTER_ADDR MASTER_PORT
-TIDE_NODES="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd" ")" # in the order of the ranks
-export TIDE_NODES
 
 # --- When the time limit strikes, which the training wants to know; empty where there is none.
 if [[ -z "${SLURM_JOB_END_TIME:-}" ]]; then
-    SLURM_JOB_END_TIME="$(date -d "$(job_field EndTime)" +%s 2>/dev/null || true)"
+    # Of an empty text `date` would make the last midnight.
+    SLURM_JOB_END_TIME="$(end="$(job_field EndTime)" && date -d "${end:-unknown}" +%s 2>/dev/null || true)"
     export SLURM_JOB_END_TIME
 fi
 
@@ -100,6 +110,8 @@ export CUDA_DEVICE_MAX_CONNECTIONS=1     # Megatron's tensor parallelism overlap
 export PYTHONUNBUFFERED=1
 
 export TIDE_RUN_NAME="${TIDE_RUN_NAME:-$EXPERIMENT-$SLURM_JOB_ID}"
+[[ ! "$TIDE_RUN_NAME" =~ [[:cntrl:]] ]] ||
+    fail "TIDE_RUN_NAME=$(printf %q "$TIDE_RUN_NAME") cannot be a folder's name: leave the control characters out."
 export TIDE_SICK_LIST="$home/.sick-nodes-$SLURM_JOB_ID" # one a line, written by tide_mega.health
 echo "Job $SLURM_JOB_ID (restart ${SLURM_RESTART_COUNT:-0}): $SLURM_NTASKS process(es) on $SLURM_JOB_NUM_NODES" \
     "node(s), rendezvous at $MASTER_ADDR:$MASTER_PORT, run folder name $TIDE_RUN_NAME."

@@ -6,28 +6,43 @@
 #   slurm/chain.sh 10 --time=24:00:00 slurm/tide_1b.sh optim.lr=2e-4
 #
 # The links share one run folder (TIDE_RUN_NAME; default: the script's name and the time) and one log, <run name>.log.
-# A link that completes the run, or fails in a way that the next would too, cancels the rest.
+# A link that completes the run, or fails in a way that the next would too, cancels the rest: those of this call alone,
+# which bear a mark of their own in the jobs' comment.
 set -euo pipefail
 
 usage="Usage: $0 N [sbatch option ...] SCRIPT [override ...], options written as --name=value"
-[[ "${1:-}" =~ ^[1-9][0-9]*$ ]] || { echo "$usage" >&2 && exit 2; }
+fail() {
+    printf '%s\n' "$1" >&2
+    exit 2
+}
+[[ "${1:-}" =~ ^[1-9][0-9]*$ ]] || fail "$usage"
 count="$1"
 shift
 options=()
 while [[ "${1:-}" == -* ]]; do
+    [[ "$1" != --comment* ]] || fail "$1: the comment marks the links of a chain, leave it out."
     options+=("$1")
     shift
 done
-[[ -f "${1:-}" ]] || { echo "No job script ${1:-given}. $usage" >&2 && exit 2; }
+[[ -f "${1:-}" ]] || fail "No job script $(printf %q "${1:-given}"). $usage"
 
-TIDE_CHAIN="${TIDE_RUN_NAME:-$(basename "$1" .sh)-$(date +%Y%m%d-%H%M%S)}"
-TIDE_RUN_NAME="$TIDE_CHAIN"
+TIDE_RUN_NAME="${TIDE_RUN_NAME:-$(basename "$1" .sh)-$(date +%Y%m%d-%H%M%S)}"
+# It becomes a folder's name and the log's: said here, not by the first link after days in the queue.
+[[ "$TIDE_RUN_NAME" =~ [^[:space:]] && ! "$TIDE_RUN_NAME" =~ [/\\[:cntrl:]] && ! "$TIDE_RUN_NAME" =~ ^\.\.?$ ]] ||
+    fail "TIDE_RUN_NAME=$(printf %q "$TIDE_RUN_NAME") cannot be a folder's name: no separators, no control characters."
+
+# The name for whoever reads the queue, and what no other chain has, this user's of the same name included.
+TIDE_CHAIN="$TIDE_RUN_NAME-$(od -An -N4 -tx1 /dev/urandom | tr -d ' \n')"
 export TIDE_CHAIN TIDE_RUN_NAME
 previous=""
 for ((link = 1; link <= count; link++)); do
-    job="$(sbatch --parsable --comment="tide-chain:$TIDE_CHAIN" --output="$TIDE_CHAIN.log" \
-        ${previous:+--dependency=afterany:$previous} "${options[@]}" "$@")"
+    # sbatch puts other text in the place of a log's %.
+    if ! job="$(sbatch --parsable --comment="tide-chain:$TIDE_CHAIN" --output="${TIDE_RUN_NAME//%/%%}.log" \
+        ${previous:+--dependency=afterany:$previous} "${options[@]}" "$@")"; then
+        echo "SLURM did not take link $link of $count; the links before it, if any, stay in the queue." >&2
+        exit 1
+    fi
     previous="${job%%;*}"
     echo "link $link of $count: job $previous"
 done
-echo "run $TIDE_RUN_NAME, log $TIDE_CHAIN.log"
+echo "run $TIDE_RUN_NAME, log $TIDE_RUN_NAME.log"

@@ -1,12 +1,13 @@
 # shellcheck shell=bash
 # Runs a job's steps and decides what follows: the end, another start of this job, or the next link of a chain.
 #
-# Exit statuses of the processes (tide_mega/training/exits.py):
+# Exit statuses of the processes (tide_mega/config/exits.py):
 #   0           the run is complete
 #   2, 3, 4, 5  configuration, data, divergence, a sick node: another start would end the same way
+#   7, 8        another process is at work in the run folder, points of a sweep failed: likewise
 #   75          stopped when asked to, checkpoint written: another start
-#   the rest    hung (76), killed, or failed: another start, unless this one failed within TIDE_CRASH_MINUTES,
-#               when the next would probably fail in the same place
+#   the rest    no checkpoint could be written or read (6), hung (76), killed, or failed: another start, unless this
+#               one failed within TIDE_CRASH_MINUTES, when the next would probably fail in the same place
 #
 # Settings, from the environment of sbatch:
 #   TIDE_MAX_RESTARTS   how often SLURM may start the job again; default 100
@@ -14,27 +15,49 @@
 
 say() { printf '%s %s\n' "$(date +%H:%M:%S)" "$*"; }
 
-# A field of this job, as scontrol shows it.
-job_field() { scontrol --oneliner show job "$SLURM_JOB_ID" | grep -o " $1=[^ ]*" | head -n 1 | cut -d= -f2; }
+# A field of this job, as scontrol shows it; nothing where SLURM does not answer, which must not end the job.
+job_field() {
+    local shown
+    shown="$(scontrol --oneliner show job "$SLURM_JOB_ID" 2>/dev/null)" || return 0
+    [[ " $shown" =~ " $1="([^ ]*) ]] && printf '%s\n' "${BASH_REMATCH[1]}" || true
+}
 
-asked=0 # whether SIGUSR1 came
+asked=0       # whether SIGUSR1 came
+interrupted=0 # whether a signal came, which ends `wait` early
+step=""       # process id of the command that runs
 
-# Runs a command, passes SIGUSR1 on to it, and leaves its exit status in `status`.
+# From here on, so that one that comes before the processes are started neither kills this shell nor is lost.
+trap 'asked=1 interrupted=1; pass_on' USR1
+
+pass_on() {
+    if [[ -n "$step" ]]; then
+        say "SIGUSR1 came: passed on to the processes"
+        kill -USR1 "$step" 2>/dev/null || true
+    else
+        say "SIGUSR1 came while no process is running"
+    fi
+}
+
+# Runs a command, passes SIGUSR1 on to it, and leaves its exit status in `status`: 138, as of a command that SIGUSR1
+# ended, where it came before.
 #
 # SIGTERM comes to the tasks straight from SLURM (cancelled, preempted, time limit): this shell only has to live on.
 run_step() {
-    local interrupted=1 step code
-    status=""
+    local code
+    status=138
+    ((asked == 0)) || return 0
+    trap 'interrupted=1' TERM
     "$@" &
     step=$!
-    trap 'interrupted=1 asked=1; say "SIGUSR1 came: passed on to the processes"; kill -USR1 "$step" 2>/dev/null || true' USR1
-    trap 'interrupted=1' TERM
-    while ((interrupted)); do # a signal ends `wait` early
+    ((asked == 0)) || pass_on # it came between the two lines
+    status=""
+    interrupted=1
+    while ((interrupted)); do
         interrupted=0
         wait "$step" && code=0 || code=$?
         [[ "$code" == 127 && -n "$status" ]] || status="$code" # 127: it had ended when the signal came
     done
-    trap '' USR1
+    step=""
 }
 
 # Decides what follows the exit status $1; does not return.
@@ -46,17 +69,20 @@ finish() {
         3) what="the data is missing or damaged" ;;
         4) what="the training diverged" ;;
         5) what="the check before the run found a node that should not take part" ;;
+        6) what="a checkpoint could not be written, or none can be used" ;;
+        7) what="another process is at work in the run folder" ;;
+        8) what="some points of the sweep failed" ;;
         75) what="the run was stopped and is saved" ;;
         76) what="a process hung" ;;
         *) what="the run failed" ;;
     esac
     state="$(job_field JobState)"
-    if [[ "$state" != RUNNING ]]; then
+    if [[ -n "$state" && "$state" != RUNNING ]]; then
         say "Exit status $status: $what. SLURM itself is ending the job (state $state)."
         exit "$status"
     fi
     case "$status" in
-        0 | 2 | 3 | 4)
+        0 | 2 | 3 | 4 | 7 | 8)
             ((status == 0)) || say "Exit status $status: $what; another start would end the same way."
             drop_links
             exit "$status"
@@ -78,9 +104,12 @@ finish() {
 
 # Requeues the job, because of $1; with the next link of a chain waiting, leaves the rest to it.
 start_again() {
-    local count="${SLURM_RESTART_COUNT:-0}" most="${TIDE_MAX_RESTARTS:-100}" problem
+    local count="${SLURM_RESTART_COUNT:-0}" most="${TIDE_MAX_RESTARTS:-100}" problem links
     if [[ -n "${TIDE_CHAIN:-}" && "$status" == 75 ]]; then
-        if [[ -n "$(waiting_links)" ]]; then
+        if ! links="$(waiting_links)"; then
+            say "Exit status $status: $1. The next link of chain $TIDE_CHAIN continues it if one waits, and else" \
+                "TIDE_RUN_NAME=$TIDE_RUN_NAME with slurm/chain.sh: squeue did not say."
+        elif [[ -n "$links" ]]; then
             say "Exit status $status: $1; the next link of chain $TIDE_CHAIN continues it."
         else
             say "Exit status $status: $1, and this was the last link of chain $TIDE_CHAIN:" \
@@ -108,18 +137,33 @@ name_sick_nodes() {
     exit "$status"
 }
 
-# Jobs of this chain that have not started.
+# Jobs of this user and this chain that have not started, one a line; fails where squeue does. The mark of a chain is all
+# of the comment, blanks included.
 waiting_links() {
+    local queue job
     [[ -n "${TIDE_CHAIN:-}" ]] || return 0
-    squeue --noheader --states=PENDING --format='%i %k' | awk -v mark="tide-chain:$TIDE_CHAIN" '$2 == mark { print $1 }'
+    queue="$(squeue --me --noheader --states=PENDING --format='%i %k' 2>/dev/null)" || return 1
+    while IFS= read -r job; do
+        [[ "${job#* }" != "tide-chain:$TIDE_CHAIN" ]] || printf '%s\n' "${job%% *}"
+    done <<<"$queue"
 }
 
-# Cancels the links for which nothing is left to do.
+# Cancels the links for which nothing is left to do. What SLURM does not let be cancelled changes nothing about how this
+# job ended: such a link starts, finds the run complete (or fails as this job did), and ends.
 drop_links() {
-    local links
-    links="$(waiting_links | paste -sd' ')"
-    [[ -n "$links" ]] || return 0
-    say "Links $links of chain $TIDE_CHAIN have nothing to do: cancelled."
-    # shellcheck disable=SC2086 # several job ids
-    scancel $links
+    local list links problem
+    [[ -n "${TIDE_CHAIN:-}" ]] || return 0
+    if ! list="$(waiting_links)"; then
+        say "squeue did not say which links of chain $TIDE_CHAIN still wait: none is cancelled." \
+            "List them with: squeue --me --states=PENDING --format='%i %k'"
+        return 0
+    fi
+    [[ -n "$list" ]] || return 0
+    mapfile -t links <<<"$list"
+    if problem="$(scancel --me --state=PENDING "${links[@]}" 2>&1)"; then
+        say "Links ${links[*]} of chain $TIDE_CHAIN have nothing to do: cancelled."
+    else
+        say "Links ${links[*]} of chain $TIDE_CHAIN have nothing to do, and SLURM does not cancel them all" \
+            "(${problem:-no reason given}): they end by themselves, or by scancel --me ${links[*]}"
+    fi
 }

@@ -4,13 +4,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
+from tests.support.interpreter import Interpreter
 from tests.support.package_log import package_log_kept
 from tests.support.runs import tiny, train_here
 from tide_mega.bench.own_text import prepare_own_text
 from tide_mega.parallel.device import Device, choose_device
 from tide_mega.parallel.groups import World, start_distributed, stop_distributed
 from tide_mega.parity.pool import WorkerPool
+
+# What a case takes says how busy the machine is, and nothing about the code.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 
 @pytest.fixture(autouse=True)
@@ -34,6 +40,15 @@ def pools() -> Iterator[Callable[[int], WorkerPool]]:
     yield of_size
     for pool in started.values():
         pool.close()
+
+
+@pytest.fixture(scope="session")
+def interpreted() -> Iterator[Interpreter]:
+    """Return what calls a function where triton's kernels are interpreted."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    interpreter = Interpreter()
+    yield interpreter
+    interpreter.close()
 
 
 @pytest.fixture(scope="session")

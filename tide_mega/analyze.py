@@ -18,6 +18,7 @@ from pathlib import Path
 from tide_mega.config.errors import ConfigError
 from tide_mega.config.hydra_door import parse_tool_cli
 from tide_mega.config.noise import hush_libraries
+from tide_mega.config.pipe import tool_entry
 from tide_mega.diagnostics.options import AnalyzeOptions
 
 log = logging.getLogger("tide_mega.analyze")
@@ -40,10 +41,12 @@ def analyze(options: AnalyzeOptions) -> int:
 
     Raises:
         ConfigError: a run, a name or a value cannot be used.
+        FolderTakenError: another process is at work in `out`.
     """
     from tide_mega.diagnostics.analysis import Analysis
     from tide_mega.diagnostics.make import REPORT_FILE, make
     from tide_mega.diagnostics.registry import chosen
+    from tide_mega.jobs.folder_lock import FolderLock
     from tide_mega.parallel.device import choose_device, set_threads
     from tide_mega.parallel.groups import World, start_distributed, stop_distributed
 
@@ -58,7 +61,8 @@ def analyze(options: AnalyzeOptions) -> int:
         )
     start_distributed(device, World(0, 1, 0, 1), timeout_minutes=60)
     try:
-        failed = make(analysis, diagnostics)
+        with FolderLock(analysis.out, "an analysis", key="out"):
+            failed = make(analysis, diagnostics)
     finally:
         stop_distributed()
     log.info("written to %s", analysis.out / REPORT_FILE)
@@ -70,7 +74,7 @@ def analyze(options: AnalyzeOptions) -> int:
 def _check(options: AnalyzeOptions) -> None:
     if options.precision not in ("fp32", "bf16"):
         raise ConfigError(f"precision={options.precision} does not exist: use fp32 or bf16.")
-    for name in ("sequences", "batch", "templates"):
+    for name in ("sequences", "batch", "templates", "decode_tokens"):
         if getattr(options, name) < 1:
             raise ConfigError(f"{name}={getattr(options, name)} is too small: it must be 1 or more.")
     for text in options.texts:
@@ -85,4 +89,4 @@ def _help() -> str:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    tool_entry(lambda: main(sys.argv[1:]))

@@ -14,9 +14,9 @@ import sys
 import time
 from pathlib import Path
 
-from tide_mega.config.errors import ConfigError
-from tide_mega.config.hydra_door import EXIT_CONFIG, compose
+from tide_mega.config.hydra_door import compose
 from tide_mega.config.noise import hush_libraries
+from tide_mega.config.pipe import tool_entry
 from tide_mega.config.schema import TideConfig
 
 LABELS = {"baseline": "demo_base", "TIDE": "demo_tide"}
@@ -29,13 +29,9 @@ def main(arguments: list[str]) -> int:
         return 0
     started = time.monotonic()
     hush_libraries()
-    try:
-        configs = {
-            label: compose([f"experiment={name}", *arguments], world_size=1) for label, name in LABELS.items()
-        }
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return EXIT_CONFIG
+    configs = {
+        label: compose([f"experiment={name}", *arguments], world_size=1) for label, name in LABELS.items()
+    }
     prepare_text(configs["baseline"])
     for name in LABELS.values():
         command = [sys.executable, "-m", "tide_mega.train", f"experiment={name}", *arguments]
@@ -84,4 +80,4 @@ def report(configs: dict[str, TideConfig]) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    tool_entry(lambda: main(sys.argv[1:]))

@@ -14,12 +14,13 @@ import os
 import sys
 from typing import Any
 
-from tide_mega.config.errors import ConfigError
-from tide_mega.config.hydra_door import EXIT_CONFIG, parse_tool_cli
+from tide_mega.config.errors import StatedError, of_the_place
+from tide_mega.config.exits import Exit
+from tide_mega.config.hydra_door import parse_tool_cli
 from tide_mega.config.noise import hush_libraries
+from tide_mega.config.pipe import tool_entry
+from tide_mega.config.urls import without_credentials
 from tide_mega.evaluation.options import EvaluateOptions
-
-EXIT_ERROR = 1
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -27,10 +28,10 @@ def main(arguments: list[str] | None = None) -> int:
     options: Any = parse_tool_cli(EvaluateOptions, arguments, doc=__doc__ or "")
     hush_libraries()
     # Imported late: `--help` and a wrong key should not wait for torch and megatron-core.
-    from tide_mega.evaluation.errors import EvaluationError
     from tide_mega.evaluation.output import as_text
     from tide_mega.evaluation.session import evaluate
-    from tide_mega.parallel.device import choose_device, set_threads
+    from tide_mega.parallel.affinity import take_cores
+    from tide_mega.parallel.device import choose_device
     from tide_mega.parallel.groups import World, start_distributed, stop_distributed
     from tide_mega.training.console import set_up_logging
 
@@ -38,14 +39,16 @@ def main(arguments: list[str] | None = None) -> int:
     world = World.from_environment()
     try:
         device = choose_device(options.device, world.local_rank)
-        set_threads(options.threads, world.local_size)
+        take_cores(device, options.threads, world)
         start_distributed(device, world, timeout_minutes=60)
         comparison = evaluate(options, device)
-    except (ConfigError, EvaluationError) as error:
-        return _end(world.size, error, EXIT_CONFIG if isinstance(error, ConfigError) else EXIT_ERROR)
+    except StatedError as error:
+        return _end(world.size, error, error.exit_status)
     except Exception as error:
+        if isinstance(error, OSError) and (stated := of_the_place(error)):
+            return _end(world.size, stated, stated.exit_status)
         logging.getLogger(__name__).exception("the evaluation failed")
-        return _end(world.size, error, EXIT_ERROR)
+        return _end(world.size, error, Exit.ERROR)
     stop_distributed()
     if comparison is not None:
         print(f"\n{as_text(comparison)}", flush=True)
@@ -55,7 +58,8 @@ def main(arguments: list[str] | None = None) -> int:
 def _end(processes: int, error: Exception, status: int) -> int:
     """Say why and end; among several processes at once, since the others may wait for this one."""
     rank = os.environ.get("RANK", "0")
-    print(f"rank {rank}: {error}" if processes > 1 else error, file=sys.stderr, flush=True)
+    sentence = without_credentials(str(error))
+    print(f"rank {rank}: {sentence}" if processes > 1 else sentence, file=sys.stderr, flush=True)
     if processes > 1:
         sys.stdout.flush()
         os._exit(status)
@@ -63,4 +67,4 @@ def _end(processes: int, error: Exception, status: int) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    tool_entry(main)

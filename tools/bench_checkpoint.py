@@ -24,6 +24,7 @@ from typing import Any
 from tide_mega.bench.own_text import prepare_own_text
 from tide_mega.config.errors import ConfigError
 from tide_mega.config.hydra_door import compose, parse_tool_cli
+from tide_mega.config.pipe import tool_entry
 from tide_mega.config.schema import TideConfig
 from tide_mega.parity.pool import WorkerPool
 
@@ -71,10 +72,10 @@ def measure(config: TideConfig, saves: int, between: int) -> dict[str, list[Read
 
     def step() -> float:
         start = time.perf_counter()
-        batches = trainer.batches.next_step()
+        batches = trainer.batches.next_step(trainer.course.batch)
         compute_gradients(trainer.engine, batches, config.trainer.z_loss, window=config.memory.window)
         trainer.engine.step(1e-4)
-        trainer.state.step += 1
+        trainer.state.take(trainer.course.batch, trainer.course.seq_length)
         trainer.checkpoints.poll()
         return time.perf_counter() - start
 
@@ -154,4 +155,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    tool_entry(main)

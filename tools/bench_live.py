@@ -19,6 +19,7 @@ from typing import Any
 from tide_mega.bench.step_choice import StepChoice
 from tide_mega.config.errors import ConfigError, refuse
 from tide_mega.config.hydra_door import parse_tool_cli
+from tide_mega.config.pipe import tool_entry
 from tide_mega.data.atomic import write_json
 
 
@@ -67,7 +68,7 @@ def bench(options: LiveOptions) -> dict[str, Any]:
     fastest = "bf16" if device.has_fast_bf16() else "fp32"
     precision = fastest if options.precision == "auto" else options.precision
     config = options.configuration(options.model, options.blocks, precision)
-    start_distributed(device, World(0, 1, 0, 1), 30.0)
+    start_distributed(device, World(0, 1, 0, 1), 30.0, deterministic=config.trainer.deterministic)
     try:
         case = LiveCase(config, device, options.accumulation, wandb=options.wandb)
         try:
@@ -131,4 +132,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    tool_entry(main)

@@ -28,6 +28,7 @@ from tide_mega.bench.resident import EXACT_FREE
 from tide_mega.bench.table import aligned
 from tide_mega.config.errors import ConfigError, refuse
 from tide_mega.config.hydra_door import parse_tool_cli
+from tide_mega.config.pipe import tool_entry
 from tide_mega.data.atomic import write_json
 from tide_mega.memory.traffic import Layout, Tables, Widths, owner_memory, plain_memory
 
@@ -200,4 +201,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    tool_entry(main)

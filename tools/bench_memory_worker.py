@@ -76,16 +76,7 @@ def model_of(task: Task) -> ModelConfig:
 def build_plain(task: Task) -> Callable[[int], None]:
     """Build the reference and AdamW; return what makes a step."""
     model, optim = model_of(task), OptimConfig()
-    shape = ReferenceShape(
-        model.num_layers,
-        model.hidden_size,
-        model.ffn_hidden_size,
-        model.num_attention_heads,
-        model.num_query_groups,
-        model.vocab_size,
-        task.blocks,
-    )
-    reference = ReferenceTide(shape)
+    reference = ReferenceTide(ReferenceShape.of(model, task.blocks))
     with torch.no_grad():
         for parameter in reference.parameters():
             if parameter.ndim > 1:

@@ -21,6 +21,7 @@ from typing import Any
 from tide_mega.bench.step_options import StepOptions
 from tide_mega.config.errors import ConfigError, refuse
 from tide_mega.config.hydra_door import parse_tool_cli
+from tide_mega.config.pipe import tool_entry
 from tide_mega.data.atomic import write_json
 
 LARGEST_FIRST = ("3b", "1b", "750m", "350m")
@@ -49,7 +50,8 @@ def bench(options: StepOptions) -> dict[str, Any]:
     print(f"measuring the bandwidth of {device.name}", file=sys.stderr)
     size = None if options.bandwidth_mb is None else options.bandwidth_mb * 10**6
     bandwidth = measure_bandwidth(device.torch_device, size=size)
-    start_distributed(device, World(0, 1, 0, 1), 30.0)
+    deterministic = configs[0].trainer.deterministic
+    start_distributed(device, World(0, 1, 0, 1), 30.0, deterministic=deterministic)
     peak = device_peak(configs[0], device, is_quiet=True)
     try:
         lines, left_out = measure_rounds(
@@ -163,4 +165,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    tool_entry(main)

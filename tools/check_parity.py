@@ -28,6 +28,7 @@ from collections.abc import Sequence
 
 from tide_mega.config.errors import ConfigError, refuse
 from tide_mega.config.hydra_door import parse_tool_cli
+from tide_mega.config.pipe import tool_entry
 from tide_mega.parity.case import Case, check_case
 from tide_mega.parity.check import Outcome, check_all, compare
 from tide_mega.parity.grid import GRIDS
@@ -131,4 +132,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    tool_entry(main)

@@ -8,6 +8,7 @@
 `path` is a run's folder, its folder of checkpoints, or one checkpoint. `list` looks at names and sizes, and with
 `checksums=true` reads everything; `verify` always does. `diff` gives the largest difference of every tensor
 (fp32 master weights, exp_avg and exp_avg_sq) that is not the same bit for bit, and the tensors one side lacks.
+Files that a checkpoint's manifest does not list are no damage: `verify` names them.
 
 Exit status: 0 all whole, or the same; 1 something is damaged, or differs; 2 wrong arguments.
 """
@@ -25,8 +26,9 @@ from tide_mega.checkpoint.folder import COMPLETE, CheckpointFolder, step_of
 from tide_mega.checkpoint.manifest import MANIFEST_FILE, Manifest
 from tide_mega.checkpoint.search import verify
 from tide_mega.checkpoint.whole import shapes, whole_tensor
-from tide_mega.config.errors import ConfigError
+from tide_mega.config.errors import ConfigError, printable
 from tide_mega.config.hydra_door import parse_tool_cli
+from tide_mega.config.pipe import tool_entry
 
 COMMANDS = ("list", "verify", "diff")
 
@@ -60,7 +62,7 @@ def find(path: str) -> list[Path]:
 
 def describe(path: Path, problems: list[str] | None) -> str:
     """Return a checkpoint's line; `problems` is None where it was not verified."""
-    size = sum(file.stat().st_size for file in path.iterdir())
+    size = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
     saved = path / MANIFEST_FILE
     when = time.strftime(
         "%Y-%m-%d %H:%M:%S", time.localtime((saved if saved.exists() else path).stat().st_mtime)
@@ -77,6 +79,14 @@ def quick_problems(path: Path) -> list[str] | None:
         return [str(error)]
 
 
+def foreign(path: Path) -> list[str]:
+    """Return what lies in a checkpoint's folder without being part of it; nothing where that is not known."""
+    try:
+        return Manifest.read(path).foreign(path)
+    except CheckpointError:
+        return []
+
+
 def list_or_verify(paths: list[Path], *, reads: bool) -> int:
     """Print a table; return 1 if something is damaged."""
     print(f"{'step':>10}  {'MB':>12}  {'saved':<19}  state")
@@ -84,7 +94,9 @@ def list_or_verify(paths: list[Path], *, reads: bool) -> int:
     for path in paths:
         problems = verify(path) if reads else quick_problems(path)
         damaged += bool(problems)
-        print(describe(path, problems), flush=True)
+        print(printable(describe(path, problems)), flush=True)
+        if reads and (names := foreign(path)):
+            print(f"{'':>10}  not part of it, and ignored: {printable(', '.join(names))}")
     if damaged:
         print(f"{damaged} of {len(paths)} damaged")
     return 1 if damaged else 0
@@ -94,7 +106,7 @@ def diff(one: Path, two: Path) -> int:
     """Print what differs between two checkpoints; return 1 if anything does."""
     for path in (one, two):
         if problems := verify(path):
-            print(f"{path} is damaged: {'; '.join(problems)}", file=sys.stderr)
+            print(printable(f"{path} is damaged: {'; '.join(problems)}"), file=sys.stderr)
             return 1
     here, there = shapes(one), shapes(two)
     differing = 0
@@ -136,10 +148,10 @@ def main(argv: list[str] | None = None) -> int:
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
-    except CheckpointError as error:
+    except (CheckpointError, OSError) as error:  # OSError: a training removes what it no longer keeps
         print(error, file=sys.stderr)
         return 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    tool_entry(main)

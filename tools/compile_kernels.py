@@ -20,6 +20,7 @@ from typing import Any
 from tide_mega.bench.table import aligned
 from tide_mega.config.errors import ConfigError, refuse
 from tide_mega.config.hydra_door import parse_tool_cli
+from tide_mega.config.pipe import tool_entry
 from tide_mega.data.atomic import write_json
 from tide_mega.kernels.tuning import KERNELS, find
 
@@ -35,8 +36,8 @@ class CompileOptions:
     kernel: list[str] = field(default_factory=lambda: list(KERNELS))
     blocks: list[int] = field(default_factory=lambda: [2, 4, 8, 16, 24])
     """K."""
-    width: list[int] = field(default_factory=lambda: [2048, 1536])
-    """D."""
+    width: list[int] = field(default_factory=lambda: [1024, 1536, 2048, 3072])
+    """D: those of the paper's models."""
     dtype: list[str] = field(default_factory=lambda: list(DTYPES))
     """Of activations, rows and gains."""
     out: str | None = None
@@ -134,4 +135,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    tool_entry(main)

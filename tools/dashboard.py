@@ -10,12 +10,12 @@ each evaluation text of that run has a panel of its own. Saving needs a W&B logi
 WANDB_API_KEY); `json=path` and `dry_run=true` need none. tools/plot_run.py draws the same panels without W&B.
 """
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from tide_mega.config.errors import ConfigError
 from tide_mega.config.hydra_door import parse_tool_cli
+from tide_mega.config.pipe import tool_entry
 from tide_mega.dashboard.errors import status_of
 from tide_mega.dashboard.read import read_run
 from tide_mega.data.atomic import write_bytes
@@ -80,4 +80,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    tool_entry(main)

@@ -77,8 +77,8 @@ if [[ "${BENCH:-1}" != 0 ]]; then
     # Those K of the 1b whose optimizer state fits, with either owner of the tables; then every K on the largest model
     # that takes them all.
     bench step_1b bench_step.py model=1b micro_batch=4 accumulation=8 precision=bf16
-    bench step_1b_owned bench_step.py model=1b micro_batch=4 accumulation=8 precision=bf16 \
-        overrides=memory.owners=tensor_data
+    bench step_1b_tensor bench_step.py model=1b micro_batch=4 accumulation=8 precision=bf16 \
+        overrides=memory.owners=tensor
     bench step_all_k bench_step.py model=auto micro_batch=4 accumulation=8 precision=bf16
 fi
 

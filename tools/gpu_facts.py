@@ -7,14 +7,17 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from tide_mega.config.device_memory import device_memory
 from tide_mega.config.errors import ConfigError
 from tide_mega.config.hydra_door import compose, parse_tool_cli
-from tide_mega.config.sizes import bytes_per_device
+from tide_mega.config.pipe import tool_entry
 
 CANDIDATES = ("tide_8e_3b", "tide_8e_1b", "tide_8e_750m", "tide_8e_350m")
-WORKING_SHARE = 0.8
-"""Share of the device's memory for weights, gradients and optimizer state; the rest is for activations."""
-OPTIONAL = ("apex", "flash_attn", "transformer_engine")
+BATCH = ("trainer.global_batch_size=16", "trainer.micro_batch_size=2")
+"""Of tools/gpu_check.sh's training of the model that fits."""
+USABLE_SHARE = 0.93
+"""Share of the device's memory for a step; the rest is for the CUDA context and what the allocator cannot use."""
+OPTIONAL = ("apex", "flash_attn")
 
 
 @dataclass
@@ -22,7 +25,7 @@ class Options:
     """What to print; without arguments, versions and libraries."""
 
     fits: bool = False
-    """Name the largest paper experiment whose state fits this GPU."""
+    """Name the largest paper experiment that trains on this GPU alone, in microbatches of 2."""
     metrics: str | None = None
     """A run's metrics.jsonl: print its last loss, tokens/s and MFU."""
 
@@ -49,18 +52,19 @@ def _describe_optional(name: str) -> str:
 
 
 def largest_fitting(memory_bytes: int) -> str:
-    """The first of `CANDIDATES` whose weights, gradients and optimizer state leave room for activations.
+    """The first of `CANDIDATES` whose training step fits.
 
     Raises:
         ConfigError: none fits.
     """
     for name in CANDIDATES:
-        config = compose([f"experiment={name}"], validate=False)
-        if bytes_per_device(config, world_size=1) <= WORKING_SHARE * memory_bytes:
+        config = compose([f"experiment={name}", *BATCH], validate=False)
+        needed = device_memory(config, world_size=1).total
+        if needed <= USABLE_SHARE * memory_bytes:
             return name
     raise ConfigError(
         f"No paper model fits {memory_bytes / 1e9:.1f} GB; the smallest, {CANDIDATES[-1]}, needs "
-        f"{bytes_per_device(config, 1) / 1e9 / WORKING_SHARE:.1f} GB."
+        f"{needed / 1e9 / USABLE_SHARE:.1f} GB."
     )
 
 
@@ -100,4 +104,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    tool_entry(main)

@@ -38,6 +38,7 @@ from tide_mega.bench.killable import (
 from tide_mega.bench.own_text import prepare_own_text
 from tide_mega.config.errors import ConfigError, refuse
 from tide_mega.config.hydra_door import compose, parse_tool_cli
+from tide_mega.config.pipe import tool_entry
 from tide_mega.config.schema import TideConfig
 
 RUN = [
@@ -173,4 +174,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    tool_entry(main)

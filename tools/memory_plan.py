@@ -10,7 +10,8 @@ link: `dense`, with the tables replicated over data parallelism (reduce-scatter 
 the weights), against `exchange`, with each row owned by one rank and distinct rows fetched, and their gradients
 returned, once a step. What the exchange moves besides among the tensor ranks and stages of one replica has its
 own column; what the other approach moves there is not counted. A last table gives the memory a rank needs for
-either. The formulas are those of tide_mega.memory.traffic.
+either. The formulas are those of tide_mega.memory.traffic; what a whole step needs, activations included, is in
+tide_mega.config.device_memory and is checked against `cluster.memory_gb` before a training starts.
 """
 
 import importlib.util
@@ -22,6 +23,7 @@ from typing import Any
 from tide_mega.bench.table import aligned
 from tide_mega.config.errors import ConfigError, refuse
 from tide_mega.config.hydra_door import parse_tool_cli
+from tide_mega.config.pipe import tool_entry
 from tide_mega.data.atomic import write_json
 from tide_mega.data.errors import DataError
 from tide_mega.data.tokenizer import load_tokenizer
@@ -113,6 +115,7 @@ def _open_text(options: PlanOptions) -> Sequences:
         most_tokens=options.max_tokens,
         suffixes=options.suffixes,
         text_key=options.text_key,
+        max_document_bytes=options.max_document_bytes,
     )
 
 
@@ -209,4 +212,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    tool_entry(main)

@@ -10,14 +10,14 @@ whole. `out` receives a PNG and an SVG of each section of the dashboard, and ser
 the name it has in W&B. A panel without data is left out.
 """
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from omegaconf import MISSING
 
-from tide_mega.config.errors import refuse
+from tide_mega.config.errors import printable, refuse
 from tide_mega.config.hydra_door import parse_tool_cli
+from tide_mega.config.pipe import tool_entry
 from tide_mega.dashboard.describe import panels_without_data, remarks, summary
 from tide_mega.dashboard.errors import DashboardError, status_of
 from tide_mega.dashboard.plots import save_plots
@@ -58,9 +58,9 @@ def plot(options: Options) -> None:
             "run", ",".join(options.run), f"has two runs called {twice!r}", "name them, as in a=path,b=path"
         )
     for run in runs:
-        print(summary(run))
+        print(printable(summary(run)))  # another's run has the names that another chose
         for remark in remarks(run):
-            print(f"  note: {remark}")
+            print(f"  note: {printable(remark)}")
     names = [name for run in runs for name in run.names()]
     if not names:
         raise DashboardError("nothing was logged in these runs, so there is nothing to draw.")
@@ -76,4 +76,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    tool_entry(main)

@@ -21,6 +21,7 @@ from tide_mega.bench.mix_bytes import mix_floor_bytes
 from tide_mega.bench.timing import Spread, Stopwatch, take_turns
 from tide_mega.config.errors import ConfigError, refuse
 from tide_mega.config.hydra_door import parse_tool_cli
+from tide_mega.config.pipe import tool_entry
 from tide_mega.kernels.token_order import TokenOrder
 from tide_mega.kernels.tuning import KERNELS, TABLE, Entry, Tile, arch_of, load, save
 
@@ -256,4 +257,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    tool_entry(main)

@@ -23,6 +23,7 @@ SHAPE = StepShape(
     step_types=11,
     element=2,
     router_in_norm=False,
+    owned=False,
 )
 
 
@@ -59,6 +60,17 @@ def test_fp32_has_no_weights_beside_the_master():
     assert memory_bytes(dataclasses.replace(SHAPE, element=4))[OPTIMIZER] == 1600 * (4 + 4 + 8 + 16)
 
 
+@pytest.mark.parametrize("element", [2, 4])
+def test_owners_touch_the_rows_of_the_step_and_adamw_the_whole_fp32_tables(element):
+    shape = dataclasses.replace(SHAPE, owned=True, element=element)
+    shared = memory_bytes(dataclasses.replace(shape, owned=False))
+    step_rows, table = 11 * 2 * 8, 100 * 2 * 8
+    assert memory_bytes(shape) == shared | {
+        "tables' gradient": step_rows * (element + 4 + 4),
+        OPTIMIZER: table * (4 + 8 + 16) + step_rows * (4 + 8 + 4),
+    }
+
+
 def test_without_blocks_nothing_moves():
     assert memory_bytes(dataclasses.replace(SHAPE, blocks=0)) == {}
 
@@ -79,7 +91,7 @@ def test_more_microbatches_spread_the_optimizer_but_not_the_layers():
     model = dataclasses.replace(MODEL, vocab_size=128_256)
     one, eight = (
         predict(
-            StepShape.expected(model, 8, 2048, accumulation),
+            dataclasses.replace(StepShape.expected(model, 8, 2048, accumulation), owned=False),
             seq_length=64,
             bandwidth=1e12,
             tflops=100,

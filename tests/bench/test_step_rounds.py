@@ -3,8 +3,8 @@ import torch
 
 from tide_mega.bench import step_rounds
 from tide_mega.bench.step_rounds import measure_rounds, plan_rounds
+from tide_mega.config.device_memory import state_bytes
 from tide_mega.config.hydra_door import compose
-from tide_mega.config.sizes import bytes_per_device
 
 REGIONS = ("gradients", "optimizer", "total")
 
@@ -18,7 +18,7 @@ def configs():
 
 
 def room_for(configs, *blocks):
-    return int(sum(bytes_per_device(configs[k], 1) for k in blocks) / step_rounds.STATE_SHARE) + 1
+    return int(sum(state_bytes(configs[k], 1) for k in blocks) / step_rounds.STATE_SHARE) + 1
 
 
 def test_all_share_a_round_where_they_fit(configs):

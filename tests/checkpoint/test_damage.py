@@ -11,6 +11,7 @@ import torch
 from tests.support.checkpoints import write_steps
 from tide_mega.checkpoint.errors import CheckpointError
 from tide_mega.checkpoint.folder import CheckpointFolder
+from tide_mega.checkpoint.manifest import Manifest
 from tide_mega.checkpoint.search import newest_valid, verify
 from tide_mega.checkpoint.whole import whole_tensor
 
@@ -117,9 +118,19 @@ def test_a_folder_renamed_to_another_step_is_found(checkpoints):
     assert search.skipped[checkpoints / "step-00000003"] == ["its manifest is of step 1"]
 
 
-def test_a_surplus_file_is_found(checkpoints, caplog):
-    (checkpoints / "step-00000002" / "rank-00002.safetensors").write_bytes(b"x")
-    assert_falls_back(checkpoints, caplog, "rank-00002.safetensors does not belong to it")
+@pytest.mark.parametrize(
+    "name", [".nfs00000000deadbeef00000001", ".DS_Store", "rank-00002.safetensors", "notes/"]
+)
+def test_what_the_manifest_does_not_list_is_no_damage(checkpoints, caplog, name):
+    newest = checkpoints / "step-00000002"
+    if name.endswith("/"):
+        (newest / name).mkdir()
+    else:
+        (newest / name).write_bytes(b"x")
+    search = newest_valid([CheckpointFolder(checkpoints)])
+    assert search.found == newest
+    assert not search.skipped and not caplog.records
+    assert Manifest.read(newest).foreign(newest) == [name.rstrip("/")]
 
 
 def test_nothing_but_damage_is_an_error_and_no_new_start(checkpoints):

@@ -1,8 +1,11 @@
 """Saving beside training: what fails, what is kept, what is copied."""
 
+import errno
 import logging
+import os
 import shutil
 import threading
+from dataclasses import replace
 
 import pytest
 import torch.distributed as dist
@@ -11,15 +14,26 @@ from tests.support.checkpoints import write_step
 from tests.support.runs import tiny, train_here
 from tide_mega.checkpoint import job, storage
 from tide_mega.checkpoint.errors import CheckpointError
-from tide_mega.checkpoint.folder import CheckpointFolder
+from tide_mega.checkpoint.folder import CheckpointFolder, step_of
 from tide_mega.checkpoint.job import Keep
 from tide_mega.checkpoint.search import newest_valid, verify
+from tide_mega.checkpoint.state import SavedState
 from tide_mega.parallel.groups import World
 from tide_mega.training.trainer import Trainer
 
 
 def names(folder):
     return sorted(path.name for path in folder.iterdir())
+
+
+def test_milestones_stay_whatever_their_number(tmp_path):
+    write_step(tmp_path, 2)
+    state = tmp_path / "step-00000002" / "state.json"
+    saved = SavedState.read(state.parent)
+    state.write_text(replace(saved, progress=replace(saved.progress, is_milestone=True)).dump())
+    for step in (3, 4, 5):
+        write_step(tmp_path, step, keep=Keep(last=1, every=4))
+    assert [step_of(path) for path in CheckpointFolder(tmp_path).complete()] == [2, 4, 5]
 
 
 def test_the_newest_and_the_multiples_are_kept(tmp_path):
@@ -63,8 +77,129 @@ def test_what_a_kill_left_is_removed_by_the_next_save(tmp_path):
     for left in ("step-00000007.partial", "step-00000001.partial"):
         (tmp_path / left).mkdir()
         (tmp_path / left / "rank-00000.safetensors").write_bytes(b"x")
+    others = ["step-notes.partial", "step-00000007.old.partial"]
+    for other in others:
+        (tmp_path / other).mkdir()
     write_step(tmp_path, 8)
-    assert names(tmp_path) == ["step-00000008"]
+    assert names(tmp_path) == sorted([*others, "step-00000008"])
+
+
+def test_a_leftover_that_cannot_be_removed_does_not_stop_a_save(tmp_path, monkeypatch, caplog):
+    left = tmp_path / "step-00000007.partial"
+    left.mkdir()
+
+    def refuse(path):
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(path))
+
+    monkeypatch.setattr(shutil, "rmtree", refuse)  # as of a folder that holds an .nfs file
+    write_step(tmp_path, 7)
+    write_step(tmp_path, 8, keep=Keep(last=1))
+    assert verify(tmp_path / "step-00000008") == []
+    assert names(tmp_path) == ["step-00000007.partial", "step-00000008"]
+    assert "could not be removed" in caplog.text
+
+
+@pytest.fixture
+def linked(tmp_path):
+    """A folder of checkpoints that is a link to a scratch disk."""
+    (tmp_path / "scratch" / "mine").mkdir(parents=True)
+    (tmp_path / "checkpoints").symlink_to(tmp_path / "scratch" / "mine")
+    return tmp_path / "checkpoints"
+
+
+def test_a_linked_folder_stays_a_link_when_it_is_set_aside(linked):
+    write_step(linked, 3)
+    aside = CheckpointFolder(linked).set_aside()
+    write_step(linked, 1)
+    assert linked.is_symlink() and names(linked) == ["step-00000001"]
+    assert aside == linked.parent / "scratch" / "mine.replaced-1"
+    assert names(aside) == ["step-00000003"]
+
+
+def test_a_link_to_a_folder_that_was_purged_is_written_through(linked):
+    (linked.parent / "scratch" / "mine").rmdir()
+    write_step(linked, 3)
+    assert linked.is_symlink() and verify(linked / "step-00000003") == []
+
+
+@pytest.fixture
+def elsewhere(tmp_path):
+    """A folder of checkpoints that somebody links to."""
+    write_step(tmp_path / "elsewhere", 1)
+    return tmp_path / "elsewhere" / "step-00000001"
+
+
+def targets(elsewhere):
+    """What a link in a folder of checkpoints may point to: a checkpoint, nothing, and where nobody may look."""
+    return [elsewhere, elsewhere.with_name("gone"), "x" * 300]
+
+
+@pytest.mark.parametrize("target", range(3))
+@pytest.mark.parametrize(
+    "name", ["step-00000001", "step-00000003", "step-00000003.partial", "step-00000003.replaced"]
+)
+@pytest.mark.parametrize("place", ["local", "remote"])
+def test_a_link_is_unlinked_and_what_it_points_to_stays(tmp_path, elsewhere, caplog, place, name, target):
+    write_step(tmp_path / "local", 2, remote=CheckpointFolder(tmp_path / "remote"))
+    link = tmp_path / place / name
+    link.symlink_to(targets(elsewhere)[target])
+    before = {path: path.stat().st_mtime_ns for path in elsewhere.parent.rglob("*")}
+    keeps = {"keep": Keep(1, every=5), "remote_keep": Keep(1)}
+    for step in (3, 4):
+        write_step(tmp_path / "local", step, remote=CheckpointFolder(tmp_path / "remote"), **keeps)
+    for folder in ("local", "remote"):
+        # A broken link is no checkpoint: where nothing is saved under its name it is in nobody's way.
+        broken = {name} if folder == place and name == "step-00000001" and target else set()
+        assert set(names(tmp_path / folder)) == {"step-00000004", *broken}
+    assert not os.path.lexists(link) or name == "step-00000001"
+    assert {path: path.stat().st_mtime_ns for path in elsewhere.parent.rglob("*")} == before
+    assert verify(elsewhere) == [] and "could not" not in caplog.text
+
+
+def test_a_whole_checkpoint_goes_out_of_sight_under_no_link(tmp_path, elsewhere):
+    write_step(tmp_path / "local", 2)
+    folder = CheckpointFolder(tmp_path / "local")
+    write_step(tmp_path / "local", 3)
+    (tmp_path / "local" / "step-00000002.partial").symlink_to(elsewhere)
+    folder.retain(1, None, 3)
+    assert names(folder.path) == ["step-00000003"] and verify(elsewhere) == []
+
+
+def test_a_checkpoint_that_is_being_read_stays_until_the_next_save_after(tmp_path):
+    write_step(tmp_path, 2, keep=Keep(1))
+    write_step(tmp_path, 3, keep=Keep(1), in_use=lambda: {2})
+    write_step(tmp_path, 4, keep=Keep(1), in_use=lambda: {2})
+    assert names(tmp_path) == ["step-00000002", "step-00000004"]
+    write_step(tmp_path, 5, keep=Keep(1))
+    assert names(tmp_path) == ["step-00000005"]
+
+
+def test_a_failed_save_leaves_what_a_link_points_to(tmp_path, elsewhere):
+    folder = CheckpointFolder(tmp_path / "local")
+    folder.path.mkdir()
+    folder.partial(2).symlink_to(elsewhere)
+    folder.discard(2)
+    assert names(folder.path) == [] and verify(elsewhere) == []
+
+
+def test_nothing_is_renamed_over_a_link(tmp_path):
+    write_step(tmp_path / "local", 2)
+    folder = CheckpointFolder(tmp_path / "local")
+    (tmp_path / "local" / "step-00000002.damaged-1").symlink_to("gone")
+    (tmp_path / "local.replaced-1").symlink_to("gone")
+    assert folder.mark_damaged(folder.final(2)).name == "step-00000002.damaged-2"
+    write_step(tmp_path / "local", 3)
+    assert folder.set_aside() == tmp_path / "local.replaced-2"
+    assert (tmp_path / "local.replaced-1").is_symlink()
+
+
+def test_what_is_no_checkpoint_stays_when_they_are_set_aside(tmp_path):
+    write_step(tmp_path, 2)
+    (tmp_path / "in_use.json").write_text("a lock")
+    (tmp_path / "step-00000003.partial").mkdir()
+    aside = CheckpointFolder(tmp_path).set_aside()
+    assert names(tmp_path) == ["in_use.json"]
+    assert names(aside) == ["step-00000002", "step-00000003.partial"]
 
 
 def test_finished_checkpoints_are_copied_and_kept_by_their_own_rule(tmp_path):

@@ -20,6 +20,27 @@ def identity(*overrides, data="d", bins=b"b", world_size=8):
     return Identity.of(config, data, bins, world_size)
 
 
+def test_steps_count_what_they_take_and_a_rollback_goes_on_in_the_data():
+    state = TrainingState()
+    state.take(8, 32)
+    saved = replace(state, extra={"kept": 1})
+    state.take(8, 32)
+    state.take(3, 32)
+    assert (state.step, state.samples, state.batches) == (3, 19, 3)
+    assert state.tokens == state.consumed_tokens == 19 * 32
+    state.go_back_to(saved)
+    assert (state.step, state.tokens, state.extra) == (1, 8 * 32, {"kept": 1})
+    assert (state.samples, state.consumed_tokens, state.batches) == (19, 19 * 32, 3)
+
+
+def test_a_state_without_counts_of_tokens_is_of_one_batch_size():
+    assert TrainingState(step=7, samples=56).count_tokens(32) == TrainingState(
+        step=7, samples=56, tokens=56 * 32, consumed_tokens=56 * 32, batches=7
+    )
+    counted = TrainingState(step=7, samples=0, tokens=5, consumed_tokens=9, batches=8)
+    assert replace(counted).count_tokens(32) == counted
+
+
 def test_what_was_saved_is_read(tmp_path):
     progress = TrainingState(7, 56, 1.5, 0.25, 1024, "run-id", {"rolled_back": 2})
     saved = SavedState("id", progress, 6, identity("memory.owners=tensor_data"))

@@ -1,7 +1,11 @@
 """Files on disk: any number of boxes, gaps and overlaps refused, no pickle."""
 
+import hashlib
 import json
+import os
+import re
 import resource
+import shutil
 import signal
 from pathlib import Path
 
@@ -13,7 +17,10 @@ import tide_mega
 from tests.support.checkpoints import write_step
 from tide_mega.checkpoint.errors import CheckpointError
 from tide_mega.checkpoint.planners import Stored, read, write
+from tide_mega.checkpoint.search import verify
+from tide_mega.checkpoint.state import SavedState
 from tide_mega.checkpoint.storage import BoxWriter
+from tide_mega.checkpoint.whole import shapes, whole_tensor
 from tide_mega.model.canonical import Box
 
 
@@ -105,3 +112,64 @@ def test_no_pickle_is_ever_loaded():
     )
     found = [(path.name, word) for path in sources for word in forbidden if word in path.read_text()]
     assert found == []
+
+
+FILES = ["manifest.json", "state.json", "tensors.json", "rank-00000.safetensors"]
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("where", ["elsewhere", "beside it"])
+def test_a_link_in_a_checkpoint_is_not_followed(tmp_path, name, where):
+    write_step(tmp_path / "c", 5)
+    folder = tmp_path / "c" / "step-00000005"
+    target = folder / "away" if where == "beside it" else tmp_path / "away"
+    (folder / name).rename(target)
+    (folder / name).symlink_to(target)
+    (said,) = verify(folder)
+    assert f"{name} is a link" in said or f"{name} cannot be read ({name} is a link)" in said
+    if name in FILES[2:]:
+        with pytest.raises(CheckpointError, match=f"{name} is a link"):
+            whole_tensor(folder, "master/table", (2, 64))
+    if name == "tensors.json":
+        with pytest.raises(CheckpointError, match=f"{name} is a link"):
+            shapes(folder)
+    if name == "state.json":
+        with pytest.raises(CheckpointError, match=f"{name} is a link"):
+            SavedState.read(folder)
+
+
+def test_a_folder_or_pipe_in_the_place_of_a_file_is_found(tmp_path):
+    write_step(tmp_path, 5)
+    folder = tmp_path / "step-00000005"
+    for name, make in (("tensors.json", os.mkfifo), ("rank-00000.safetensors", os.mkdir)):
+        (folder / name).unlink()
+        make(folder / name)
+    assert verify(folder) == [f"{name} is not a regular file" for name in (FILES[3], FILES[2])]
+
+
+NAMES_ELSEWHERE = ["../away", "/etc/passwd", "..", ".", "", "a/b", "a\0b", 7]
+
+
+@pytest.mark.parametrize("name", NAMES_ELSEWHERE[:-1])
+def test_a_manifest_that_names_what_lies_elsewhere_is_refused(tmp_path, name):
+    write_step(tmp_path, 5)
+    folder = tmp_path / "step-00000005"
+    (tmp_path / "away").write_bytes(b"")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"][name] = {"size": 0, "sha256": hashlib.sha256(b"").hexdigest()}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (said,) = verify(folder)
+    assert said == f"manifest.json cannot be read ({name!r} is not the plain name of a file)"
+
+
+@pytest.mark.parametrize("name", NAMES_ELSEWHERE)
+def test_tensors_that_are_said_to_lie_elsewhere_are_not_read(tmp_path, name):
+    write_step(tmp_path, 5)
+    folder = tmp_path / "step-00000005"
+    shutil.copyfile(folder / "rank-00000.safetensors", tmp_path / "away")
+    index = json.loads((folder / "tensors.json").read_text())
+    for place in index["tensors"]["master/table"]["boxes"]:
+        place[2] = name
+    (folder / "tensors.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=re.escape(f"{name!r} is not the plain name of a file")):
+        whole_tensor(folder, "master/table", (2, 64))

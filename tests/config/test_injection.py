@@ -44,6 +44,40 @@ def test_the_command_line_takes_a_list_and_knows_the_ranks():
 
 
 @pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["faults.inject=[nan_loss@551]"], "nan_loss@551 strikes after the run's 550 steps"),
+        (["faults.inject=[bad_shard@5]", "data.on_bad_shard=skip"], "bad_shard@5 stops the run, and"),
+        (
+            ["faults.inject=[disk_full@401]", "checkpoint.every=200", "checkpoint.at_end=false"],
+            r"disk_full@401 comes after the last checkpoint, at step 400 with checkpoint\.every=200",
+        ),
+        (
+            ["faults.inject=[disk_full@1]", "checkpoint.every=0", "checkpoint.at_end=false"],
+            r"disk_full@1 comes after the last checkpoint",
+        ),
+        (["faults.inject=[spike@5:1]", "parallel=pp2"], "spike@5:1 names a rank without a loss.*use 2 to 3"),
+    ],
+)
+def test_a_fault_that_nothing_would_come_of_is_refused(words, why):
+    with pytest.raises(ConfigError, match=why):
+        compose(["experiment=demo_tide", "trainer.micro_batch_size=2", *words], world_size=4)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["faults.inject=[nan_loss@551]", "faults.on_spike=rollback"],
+        ["faults.inject=[disk_full@400]", "checkpoint.every=200", "checkpoint.at_end=false"],
+        ["faults.inject=[disk_full@550]", "checkpoint.every=0"],
+        ["faults.inject=[spike@5:2,nan_loss@5:1]", "parallel=pp2"],
+    ],
+)
+def test_a_fault_that_can_strike_is_accepted(words):
+    compose(["experiment=demo_tide", "trainer.micro_batch_size=2", *words], world_size=4)
+
+
+@pytest.mark.parametrize(
     ("word", "why"),
     [
         ("faults.hang_minutes=30", "is not below cluster.timeout_minutes=30.0"),

@@ -1,12 +1,14 @@
 """Topologies, batches and windows: what is refused, with values that would do, and what is let through."""
 
 import re
+from dataclasses import replace
 
 import pytest
 
 from tide_mega.config import shape_rules
 from tide_mega.config.errors import ConfigError
 from tide_mega.config.hydra_door import compose
+from tide_mega.config.validate import validate
 
 OWNERS, REPLICATED = "memory.owners=tensor_data", "memory.owners=tensor"
 REFUSED = [
@@ -136,16 +138,20 @@ def test_a_topology_that_runs_is_let_through(overrides, world_size):
     ],
 )
 def test_every_value_that_a_refusal_offers_is_accepted(overrides, world_size):
+    # Another number of stages leaves another number of replicas: a batch that divides over all of them.
+    many = compose([*overrides, "trainer.global_batch_size=768"], validate=False)
+    config = compose(overrides, validate=False)
     with pytest.raises(ConfigError) as refusal:
-        compose(overrides, world_size=world_size)
+        validate(config, world_size)
     key = str(refusal.value).partition("=")[0]
     remedy = str(refusal.value).rpartition(": ")[2].partition(", or ")[0]
     offered = re.findall(r"\b(?:\d+|null)\b", remedy)
     assert offered
+    group, name = key.split(".")
     for value in offered:
-        # Another number of stages leaves another number of replicas: a batch that divides over all of them.
-        batch = ["trainer.global_batch_size=768"] if key == "parallel.pipeline" else []
-        compose([*overrides, *batch, f"{key}={value}"], world_size=world_size)
+        base = many if key == "parallel.pipeline" else config
+        section = replace(getattr(base, group), **{name: None if value == "null" else int(value)})
+        validate(replace(base, **{group: section}), world_size)
 
 
 def test_a_combination_added_to_those_zero_3_does_not_run_is_refused(monkeypatch):
@@ -162,15 +168,16 @@ def test_a_combination_added_to_those_zero_3_does_not_run_is_refused(monkeypatch
 @pytest.mark.parametrize(
     ("overrides", "world_size", "remedy"),
     [
-        (["memory=k24", REPLICATED, "model=3b"], 4, OWNERS),
-        (["memory=k24", REPLICATED, "model=3b", "parallel=pp2", "cluster.memory_gb=60"], 8, OWNERS),
+        (["memory=k8", "model=3b"], 8, ["trainer.micro_batch_size=4"]),
+        (["memory=k24", REPLICATED, "trainer.micro_batch_size=1", "cluster.memory_gb=42"], 8, [OWNERS]),
+        (["memory=k24", "trainer.micro_batch_size=1", "cluster.memory_gb=30"], 8, ["memory.window=1"]),
         (
-            ["memory=k24", REPLICATED, "model=3b", "parallel=pp2_interleaved", "cluster.memory_gb=60"],
+            ["data.seq_length=32768", "trainer.micro_batch_size=1", "cluster.memory_gb=45"],
             8,
-            OWNERS,
+            ["parallel.recompute=selective"],
         ),
-        (["model=3b", "cluster.memory_gb=30"], 2, None),
-        (["model=3b", "cluster.memory_gb=14"], 4, None),
+        (["memory=k24", REPLICATED, "model=3b"], 4, ["memory.window=1", "parallel.tensor=4"]),
+        (["memory=k24", REPLICATED, "model=3b", "parallel=pp2", "cluster.memory_gb=60"], 8, None),
         (["model=3b", "memory=k24", "cluster.memory_gb=32"], 8, None),
     ],
 )
@@ -178,8 +185,8 @@ def test_the_remedy_named_for_memory_does_fit(overrides, world_size, remedy):
     words = ["cluster=h100", *overrides]
     with pytest.raises(ConfigError, match=r"^cluster\.memory_gb=.* would fit\.$") as refusal:
         compose(words, world_size=world_size)
-    named = re.findall(r"(?:parallel|memory)\.\w+=\w+", str(refusal.value).rpartition(": ")[2])
-    assert named if remedy is None else named == [remedy]
+    named = re.findall(r"(?:parallel|memory|trainer)\.\w+=\w+", str(refusal.value).rpartition(": ")[2])
+    assert named if remedy is None else named == remedy
     compose([*words, *named], world_size=world_size)
 
 

@@ -25,6 +25,7 @@ class Options:
     """Share held out."""
     overwrite: bool = False
     limit: int | None = None
+    note: str | None = "none"
     sizes: list[int] | None = None
     nested: Nested = field(default_factory=Nested)
 
@@ -60,7 +61,23 @@ def test_a_list_may_be_written_without_brackets():
         (["fraction=0.1"], "out is not set: give out=<value>, or see --help."),
         (["out"], "'out' is not key=value: the keys are out, inputs"),
         (["out=/x", "sizes=5,many"], "sizes=many has the wrong type: it takes list[int] or null."),
-        (["out=[a"], "out=[a cannot be read"),
+        (["out=/x", f"limit={-(2**70)}"], f"limit={-(2**70)} has more than 64 bits: use a smaller one."),
+        (["=1"], "'=1' is not key=value: the keys are out, inputs"),
+        (
+            ["out=/x", "inputs.x=1"],
+            "Unknown key inputs.x: inputs has no keys of its own, give inputs=<value>.",
+        ),
+        (["out=/x", "sizes=[5"], "sizes=[5 cannot be read"),
+        (["out=/x", "inputs=[a"], "inputs=[a cannot be read: the bracket is not closed"),
+        (["out=/x", "inputs=a,,b"], "inputs=a,,b cannot be read: there is nothing between two commas"),
+        (["out=null"], "out=null has the wrong type: it takes str."),
+        (["out="], "out='' is blank: give a folder."),
+        (["out= "], "out=' ' is blank: give a folder."),
+        (["out=a\nb"], "out='a\\nb' has a line break or another control character: leave it out."),
+        (
+            ["out=" + "x" * 256],
+            "out=" + "x" * 57 + "... has a name of 256 bytes, and a folder's has at most 255",
+        ),
     ],
 )
 def test_a_mistake_is_one_sentence_and_status_2(capsys, words, start):
@@ -70,6 +87,37 @@ def test_a_mistake_is_one_sentence_and_status_2(capsys, words, start):
     err = capsys.readouterr().err
     assert err.startswith(start)
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "007",
+        "2024_10_01",
+        "1e-4",
+        "true",
+        "off",
+        "~",
+        "1:30",
+        "0x10",
+        "a: b",
+        "a=b",
+        "[a",
+        "{a",
+        "#a",
+        "it's",
+    ],
+)
+def test_text_is_taken_as_typed(word):
+    assert parse(f"out={word}").out == word
+    if word != "[a":
+        assert parse("out=x", f"inputs=[a, {word}]").inputs == ["a", word]
+    assert parse(f'out="{word}"', f"inputs='{word}'".replace("it's", "its")).out == word
+
+
+def test_null_without_quotes_is_none_and_commas_in_quotes_are_text():
+    parsed = parse("out='null'", "note=null", "inputs='a,b',c(1,2)")
+    assert (parsed.out, parsed.note, parsed.inputs) == ("null", None, ["a,b", "c(1,2)"])
 
 
 def test_help_says_what_every_field_is(capsys):
@@ -87,4 +135,4 @@ def test_help_says_what_every_field_is(capsys):
 
 def test_describe_lists_leaves_in_order():
     keys = [entry.key for entry in describe(Options)]
-    assert keys == ["out", "inputs", "fraction", "overwrite", "limit", "sizes", "nested.depth"]
+    assert keys == ["out", "inputs", "fraction", "overwrite", "limit", "note", "sizes", "nested.depth"]

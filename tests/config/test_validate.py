@@ -7,7 +7,7 @@ import pytest
 
 from tide_mega.config.errors import ConfigError
 from tide_mega.config.hydra_door import compose
-from tide_mega.config.validate import CHOICES, NOT_NEGATIVE, POSITIVE, total_steps, validate
+from tide_mega.config.validate import CHOICES, NOT_NEGATIVE, POSITIVE, parent_of, total_steps, validate
 
 CASES = [
     # overrides, world size, words that the sentence has
@@ -32,19 +32,32 @@ CASES = [
     (["optim.min_lr=1e-3"], None, ["optim.min_lr=0.001", "optim.lr=0.0001"]),
     (["optim.beta1=1.0"], None, ["optim.beta1=1.0", "[0, 1)"]),
     (["optim.beta2=-0.1"], None, ["optim.beta2=-0.1", "[0, 1)"]),
-    (
-        ["trainer.max_tokens=null", "trainer.max_steps=100"],
-        None,
-        ["optim.warmup_steps=10000", "100 steps", "at most 99"],
-    ),
     (["optim.decay_steps=10000"], None, ["optim.decay_steps=10000", "10001"]),
+    (
+        ["optim.schedule=wsd", "optim.decay_steps=20000"],
+        None,
+        ["optim.decay_steps=20000", "optim.cooldown_steps"],
+    ),
+    (["optim.cooldown_steps=5"], None, ["optim.cooldown_steps=5", "optim.schedule=wsd"]),
+    (["optim.rewarmup_steps=5"], None, ["optim.rewarmup_steps=5", "run.from=<run folder>@<step>"]),
+    (
+        ["checkpoint.export_hf_every=1500"],
+        None,
+        ["checkpoint.export_hf_every=1500", "checkpoint.every=1000", "such as 2000"],
+    ),
+    (
+        ["checkpoint.export_hf_every=1000", "checkpoint.every=0"],
+        None,
+        ["checkpoint.export_hf_every=1000", "checkpoint.every=0"],
+    ),
+    (["run.from=' '"], None, ["run.from=' '", "empty"]),
     (["optim.lr=nan"], None, ["optim.lr=nan", "finite"]),
     (["trainer.z_loss=inf"], None, ["trainer.z_loss=inf", "finite"]),
     (["run.name=a/b"], None, ["run.name='a/b'", "path separators"]),
     (["run.name=.."], None, ["run.name='..'"]),
     (["run.name=''"], None, ["run.name=''"]),
-    (["run.root=''"], None, ["run.root=''", "empty"]),
-    (["data.path=''"], None, ["data.path=''", "empty"]),
+    (["run.root=''"], None, ["run.root=''", "blank"]),
+    (["data.path=''"], None, ["data.path=''", "blank"]),
     (["parallel=tp2"], 3, ["parallel.tensor=2", "3 process", "multiple of 2"]),
     (
         ["trainer.global_batch_size=100"],
@@ -52,11 +65,11 @@ CASES = [
         ["trainer.global_batch_size=100", "micro_batch_size=8", "64 or 128"],
     ),
     (["trainer.global_batch_size=32"], 8, ["trainer.global_batch_size=32", "use 64"]),
-    (["cluster=h100", "memory=k24"], 1, ["cluster.memory_gb=80", "117.6 GB", "num_blocks=24", "1 device"]),
+    (["cluster=h100", "memory=k24"], 1, ["cluster.memory_gb=80", "192.9 GB", "num_blocks=24", "1 device"]),
     (
         ["cluster=h100", "memory=k24", "memory.owners=tensor", "model=3b"],
         4,
-        ["cluster.memory_gb=80", "memory.owners=tensor_data"],
+        ["cluster.memory_gb=80", "memory.window=1 with parallel.tensor=4 would fit"],
     ),
 ]
 
@@ -119,7 +132,7 @@ def test_an_unset_value_is_named():
         (["memory.width=2048"], 1),
         (["optim.init_lr=0", "optim.min_lr=1e-4", "optim.warmup_steps=0", "optim.clip_grad=0"], 1),
         (["memory=k24", "cluster=h100"], 8),
-        (["cluster=b200", "memory=k24"], 1),
+        (["cluster=b200", "memory=k24"], 2),
         (["trainer.global_batch_size=64", "trainer.micro_batch_size=8"], 8),
     ],
 )
@@ -133,6 +146,21 @@ def test_total_steps_rounds_tokens_up_to_whole_steps():
     assert total_steps(compose([*batch, *optim, "trainer.max_tokens=81"])) == 3
     assert total_steps(compose([*batch, *optim, "trainer.max_tokens=120"])) == 3
     assert total_steps(compose([*optim, "trainer.max_tokens=null", "trainer.max_steps=7"])) == 7
+
+
+@pytest.mark.parametrize(
+    ("word", "parent"),
+    [
+        ("runs/a@3", ("runs/a", 3)),
+        ("runs/a", ("runs/a", None)),
+        ("runs/a@home", ("runs/a@home", None)),
+        ("me@here/a@07", ("me@here/a", 7)),
+    ],
+)
+def test_a_branch_names_a_run_folder_and_a_step(word, parent):
+    path, step = parent_of(compose([f"run.from={word}"]))
+    assert (str(path), step) == parent
+    assert parent_of(compose([])) is None
 
 
 def test_the_paper_run_has_200_billion_tokens():

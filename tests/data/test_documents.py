@@ -118,6 +118,11 @@ def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path: Path) -> None:
     assert texts(read(write(tmp_path / "a.jsonl", b'\xef\xbb\xbf{"text": "x"}\n'))) == ["x"]
 
 
+def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path: Path) -> None:
+    assert texts(read(write(tmp_path / "a.txt", b"\xef\xbb\xbfx\xef\xbb\xbf"))) == ["x\ufeff"]
+    assert "at offset 4" in the_bad(read(write(tmp_path / "b.txt", b"\xef\xbb\xbfx\xff"))).reason
+
+
 def json_lines(count: int) -> bytes:
     return b"".join(
         json.dumps({"text": f"document {i} " + "x" * (i % 97)}).encode() + b"\n" for i in range(count)

@@ -7,7 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tide_mega.data.errors import DataError
-from tide_mega.data.frequency import BIN_GROUPS, DROPPED, NUM_BINS, UNSEEN, DecileTable, is_content
+from tide_mega.data.frequency import (
+    BIN_GROUPS,
+    DROPPED,
+    NUM_BINS,
+    UNSEEN,
+    DecileTable,
+    is_content,
+    load_counts,
+)
 
 
 class HandMadeTokenizer:
@@ -117,4 +125,27 @@ def test_counts_of_another_vocabulary_are_refused() -> None:
 
 def test_a_missing_table_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=str(tmp_path)):
+        DecileTable.load(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x93NUMPY", b"PK\x03\x04", b"{}", None])
+def test_damaged_deciles_and_counts_are_data_errors(tmp_path: Path, content: bytes | None) -> None:
+    DecileTable.from_filter(np.arange(20), lambda v: True).save(tmp_path)
+    for name in ("deciles.npy", "counts.npy"):
+        (tmp_path / name).unlink(missing_ok=True)
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match="has no readable decile table"):
+        DecileTable.load(tmp_path)
+    with pytest.raises(DataError, match="has no readable counts"):
+        load_counts(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "values", [np.array([3, -8], np.int8), np.array([10]), np.array([0.5]), np.zeros((2, 2), int)]
+)
+def test_deciles_that_are_none_are_a_data_error(tmp_path: Path, values: np.ndarray) -> None:
+    DecileTable.from_filter(np.arange(20), lambda v: True).save(tmp_path)
+    np.save(tmp_path / "deciles.npy", values)
+    with pytest.raises(DataError, match="has no readable decile table"):
         DecileTable.load(tmp_path)

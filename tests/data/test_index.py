@@ -40,3 +40,23 @@ def test_another_version_is_refused(tmp_path: Path) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), "version": 99}))
     with pytest.raises(DataError, match="version 99, but this version reads"):
         DatasetIndex.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../a.tar", "/a.tar", "", ".", "..", "b/a.tar", "a\0.tar", 7, None])
+@pytest.mark.parametrize("place", ["shard", "tokenizer"])
+def test_an_index_that_names_what_lies_elsewhere_is_refused(tmp_path: Path, place: str, name: object) -> None:
+    INDEX.save(tmp_path)
+    path = tmp_path / "index.json"
+    content = json.loads(path.read_text())
+    there = content["tokenizer"] if place == "tokenizer" else content["splits"]["train"]["shards"][0]
+    there["file"] = name
+    path.write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"index.json is damaged \(.* is not the plain name of a file\)"):
+        DatasetIndex.load(tmp_path)
+
+
+def test_a_tokenizer_that_is_a_link_is_refused(tmp_path: Path) -> None:
+    INDEX.save(tmp_path)
+    (tmp_path / "tokenizer.json").symlink_to(tmp_path / "index.json")
+    with pytest.raises(DataError, match=r"tokenizer.json is a link"):
+        DatasetIndex.load(tmp_path)

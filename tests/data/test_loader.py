@@ -14,6 +14,7 @@ from tide_mega.data.errors import DataError
 from tide_mega.data.index import DatasetIndex, SplitRecord, TokenizerRecord, Totals
 from tide_mega.data.loader import TrainBatches, train_batches, validation_batches
 from tide_mega.data.packing import SplitWriter
+from tide_mega.data.permutation import Permutation
 from tide_mega.data.stream import TokenStream
 
 T = 8
@@ -220,6 +221,12 @@ def test_validation_takes_the_same_sequences_for_any_number_of_ranks(
     assert chosen(validate(stream, 13, 3, dp_size)) == chosen(validate(stream, 13, 13, 1))
     assert len(chosen(validate(stream, 13, 3, dp_size))) == 13
     assert len(chosen(validate(stream, 999, 3, dp_size))) == 50
+
+
+def test_validation_takes_the_sequences_of_the_permutations_first_epoch(stream: TokenStream) -> None:
+    ((batch,),) = validate(stream, 13, 13, 1)
+    windows = Permutation(50, 1, epoch=0)(np.arange(13))
+    assert batch.tokens_BT[:, 0].tolist() == (T * windows).tolist()
 
 
 def test_validation_refuses_wrong_numbers_at_once(stream: TokenStream) -> None:

@@ -132,3 +132,12 @@ def test_an_id_outside_the_vocabulary_is_refused(tmp_path: Path, token: int) -> 
 def test_no_document_gives_no_shard(tmp_path: Path) -> None:
     assert pack(tmp_path, [], sample_tokens=4, shard_tokens=4) == []
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("lengths", [[], [3], [3, 30]])
+def test_an_abandoned_shard_leaves_no_file(tmp_path: Path, lengths: list[int]) -> None:
+    writer = SplitWriter(tmp_path, "train", 3, vocab_size=1000, eos_id=0, sample_tokens=4, shard_tokens=400)
+    for length in lengths:
+        writer.add(np.ones(length, np.int64))
+    writer.abandon(RuntimeError("the worker fails"))
+    assert list(tmp_path.iterdir()) == []

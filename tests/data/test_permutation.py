@@ -34,8 +34,8 @@ def test_seed_and_epoch_each_change_the_order() -> None:
     assert len(orders) == 25
 
 
-def test_looks_random() -> None:
-    n = 4096
+@pytest.mark.parametrize("n", [2048, 4096])
+def test_looks_random(n: int) -> None:
     values = Permutation(n, 5, 0)(np.arange(n)).astype(float)
     assert abs(np.corrcoef(np.arange(n), values)[0, 1]) < 0.06
     assert abs(np.corrcoef(values[:-1], values[1:])[0, 1]) < 0.06
@@ -45,6 +45,27 @@ def test_looks_random() -> None:
 
 def test_the_order_is_the_same_in_every_version() -> None:
     assert Permutation(10, 1234, 0)(np.arange(10)).tolist() == [7, 8, 9, 1, 5, 2, 3, 4, 6, 0]
+    assert Permutation(16, 1234, 0)(np.arange(16)).tolist() == [
+        7,
+        14,
+        15,
+        10,
+        5,
+        2,
+        3,
+        11,
+        6,
+        13,
+        1,
+        4,
+        8,
+        0,
+        12,
+        9,
+    ]
+    # 19 has an odd number of bits: the halves take one more.
+    odd = [11, 14, 9, 6, 17, 4, 3, 16, 0, 2, 8, 5, 10, 15, 19, 1, 18, 12, 7, 13]
+    assert Permutation(20, 1234, 0)(np.arange(20)).tolist() == odd
 
 
 @pytest.mark.parametrize("n", [0, -1, 2**60 + 1])

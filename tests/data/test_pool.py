@@ -52,7 +52,7 @@ def test_a_killed_worker_is_a_clear_error(tmp_path: Path, tokenizer_path: Path) 
         pool.process_unit = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
         if __name__ == "__main__":
             units = plan_units(find_inputs([{str(tmp_path)!r}], []).files, 1)
-            job = Job({str(tmp_path)!r}, "text", 0.0, 0, 64, 64, False)
+            job = Job({str(tmp_path)!r}, "text", 1 << 20, 0.0, 0, 64, 64, False)
             pairs = [(unit, "") for unit in units]
             try:
                 pool.run_units(pairs, job, Path({str(tokenizer_path)!r}), None, 2, lambda count: None)

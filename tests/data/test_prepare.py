@@ -16,9 +16,10 @@ from tide_mega.data.frequency import DecileTable
 from tide_mega.data.index import DatasetIndex
 from tide_mega.data.options import PrepareOptions
 from tide_mega.data.prepare import prepare
-from tide_mega.data.state import locked
+from tide_mega.data.state import STATE_FILE, locked
 from tide_mega.data.tokenizer import HFTokenizer, load_tokenizer
 from tide_mega.data.worker import split_of
+from tide_mega.jobs.folder_lock import FolderTakenError
 
 Run = Callable[[PrepareOptions], DatasetIndex]
 ReadSplit = Callable[[Path, str], tuple[np.ndarray, list[int]]]
@@ -26,9 +27,7 @@ ReadSplit = Callable[[Path, str], tuple[np.ndarray, list[int]]]
 
 def contents(folder: str | Path) -> dict[str, bytes]:
     return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in Path(folder).rglob("*")
-        if path.is_file() and path.name != ".lock"
+        str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()
     }
 
 
@@ -168,7 +167,7 @@ def test_a_finished_preparation_returns_at_once(
     options: PrepareOptions, documents: list[str], run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     index = run(options)
-    before = {path: path.stat().st_mtime_ns for path in Path(options.out).iterdir() if path.name != ".lock"}
+    before = {path: path.stat().st_mtime_ns for path in Path(options.out).iterdir()}
     lines: list[str] = []
     assert prepare(options, log=lines.append, progress=False) == index
     assert "nothing to do" in lines[0]
@@ -188,10 +187,12 @@ def test_done_units_are_used_again_and_damaged_ones_are_not(
     out = Path(options.out)
     shards = sorted(out.glob("train-*.tar"))
     shards[0].write_bytes(shards[0].read_bytes()[:-512])
-    units = len(list((out / "units").glob("*.json")))
+    records = sorted((out / "units").glob("*.json"))
+    records[-1].write_bytes(b"\xff{")
+    units = len(records)
     lines: list[str] = []
     prepare(options, log=lines.append, progress=False)
-    assert f"continuing: {units - 1} of {units}" in lines[0]
+    assert f"continuing: {units - 2} of {units}" in lines[0]
 
 
 @pytest.mark.parametrize(
@@ -235,6 +236,17 @@ def test_changed_input_is_refused_when_complete_and_taken_up_when_not(
         run(options)
 
 
+@pytest.mark.parametrize("content", [b"\xff", b"{", b"[]", b"null", b'{"options": 3, "inputs": ""}'])
+def test_a_damaged_note_of_what_was_prepared_is_refused_unless_overwritten(
+    options: PrepareOptions, documents: list[str], run: Run, content: bytes
+) -> None:
+    run(options)
+    (Path(options.out) / STATE_FILE).write_bytes(content)
+    with pytest.raises(ConfigError, match=r"is damaged .* pass overwrite=true to prepare it anew"):
+        run(options)
+    run(replace(options, overwrite=True))
+
+
 def test_a_folder_with_other_files_is_left_alone(
     options: PrepareOptions, documents: list[str], run: Run
 ) -> None:
@@ -249,7 +261,7 @@ def test_a_folder_with_other_files_is_left_alone(
 def test_two_preparations_of_one_folder_exclude_each_other(
     options: PrepareOptions, documents: list[str], run: Run
 ) -> None:
-    with locked(Path(options.out)), pytest.raises(ConfigError, match="by another preparation"):
+    with locked(Path(options.out)), pytest.raises(FolderTakenError, match="is in use by a preparation"):
         run(options)
     run(options)
 
@@ -276,7 +288,7 @@ def test_bad_input_is_an_error_that_names_the_file(
     assert f"in/{name}" in str(raised.value)
     assert reason in str(raised.value)
     assert not (Path(options.out) / "index.json").exists()
-    assert not [path for path in Path(options.out).iterdir() if atomic.is_temporary(path)]
+    assert not [path for path in Path(options.out).iterdir() if atomic.unfinished(path.name)]
 
 
 def test_bad_input_can_be_skipped_and_is_then_counted_and_named(

@@ -1,3 +1,4 @@
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -59,3 +60,41 @@ def test_help_lists_every_option() -> None:
     assert shown.returncode == 0
     for name in ("inputs", "tokenizer", "on_bad_file", "overwrite", "validation_fraction"):
         assert name in shown.stdout
+
+
+@pytest.mark.slow
+def test_folders_that_refuse_fsync_are_said_once_by_all_processes(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "early").mkdir()
+    (tmp_path / "early" / "sitecustomize.py").write_text(
+        "import errno, os, stat\n"
+        "fsync = os.fsync\n"
+        "def refuse(descriptor):\n"
+        "    if stat.S_ISDIR(os.fstat(descriptor).st_mode):\n"
+        "        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))\n"
+        "    fsync(descriptor)\n"
+        "os.fsync = refuse\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'early'}:{TOOL.parents[1]}")
+    prepared = run_tool(
+        f"inputs={corpus}", f"out={tmp_path / 'out'}", "tokenizer=bpe:512", "workers=2", "unit_bytes=1000"
+    )
+    assert prepared.returncode == 0, prepared.stderr
+    assert prepared.stderr.count("does not write a folder to disk on demand (Invalid argument)") == 1
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_one_sentence_and_the_command_continues(corpus: Path, tmp_path: Path) -> None:
+    words = (f"inputs={corpus}", f"out={tmp_path / 'out'}", "tokenizer=bpe:512", "workers=1")
+    full = subprocess.run(
+        [sys.executable, str(TOOL), *words],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)),
+    )
+    assert full.returncode == 1
+    assert full.stderr.splitlines()[-1].startswith("error: [Errno 27] File too large")
+    assert "Traceback" not in full.stderr
+    assert run_tool(*words).returncode == 0

@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import tide_mega
 from tide_mega.config.errors import ConfigError
+from tide_mega.config.schema import DataConfig
 from tide_mega.data import stream as stream_module
-from tide_mega.data.errors import DataError
+from tide_mega.data.errors import DataError, UnreadableShardError
 from tide_mega.data.index import DatasetIndex
 from tide_mega.data.options import PrepareOptions
 from tide_mega.data.stream import TokenStream
@@ -71,6 +73,8 @@ def damage(path: Path, how: str) -> None:
         path.unlink()
     elif how == "truncated":
         path.write_bytes(content[:-1000])
+    elif how == "linked":
+        path.symlink_to(path.rename(path.with_name("away")))
     elif how == "longer":
         path.write_bytes(content + b"x")
     else:
@@ -81,6 +85,7 @@ DAMAGES = [
     ("missing", "size", "is missing"),
     ("truncated", "size", "is truncated: it has .* bytes, and the index says"),
     ("longer", "size", "is altered: it has"),
+    ("linked", "size", "is a link, or no file"),
     ("truncated", "checksum", "is truncated"),
     ("flipped", "checksum", "is altered: its SHA-256"),
 ]
@@ -95,7 +100,7 @@ def test_a_bad_shard_is_named_with_what_to_do(dataset: Path, how: str, verify: s
 
 
 @pytest.mark.parametrize(("how", "verify", "message"), DAMAGES)
-def test_a_bad_shard_can_be_skipped_with_a_warning(
+def test_a_bad_shard_is_skipped_with_a_warning_and_keeps_its_place(
     dataset: Path,
     train_tokens: np.ndarray,
     caplog: pytest.LogCaptureFixture,
@@ -110,10 +115,39 @@ def test_a_bad_shard_can_be_skipped_with_a_warning(
         stream = TokenStream.open(dataset, "train", 16, verify=verify, on_bad_shard="skip")
     assert shards[2].file in caplog.text
     assert f"{shards[2].tokens} tokens left out" in caplog.text
+    assert stream.fingerprint == whole.fingerprint
+    assert (stream.num_tokens, stream.skipped_tokens) == (whole.num_tokens, shards[2].tokens)
+    assert stream.bad_shards == [shards[2].file]
     start = sum(shard.tokens for shard in shards[:2])
-    expected = np.delete(train_tokens, slice(start, start + shards[2].tokens))
-    assert stream.tokens(0, stream.num_tokens).tolist() == expected.tolist()
-    assert stream.fingerprint != whole.fingerprint
+    end = start + shards[2].tokens
+    for i in range(len(stream)):
+        if i * 16 < end and i * 16 + 17 > start:
+            with pytest.raises(UnreadableShardError, match=shards[2].file) as info:
+                stream.window(i)
+            assert info.value.shard == shards[2].file
+        else:
+            assert stream.window(i).tolist() == train_tokens[i * 16 : i * 16 + 17].tolist()
+
+
+def test_a_run_opens_its_data_by_its_own_rules_wherever_they_lie(dataset: Path, tmp_path: Path) -> None:
+    victim = DatasetIndex.load(dataset).splits["train"].shards[2].file
+    damage(dataset / victim, "flipped")
+    moved = dataset.rename(tmp_path / "moved")
+    of_run = DataConfig(path="gone", seq_length=16, verify="checksum", on_bad_shard="skip")
+    stream = TokenStream.of_run(of_run, "train", folder=moved)
+    assert stream.bad_shards == [victim] and stream.seq_length == 16
+    with pytest.raises(DataError, match="SHA-256"):
+        TokenStream.of_run(replace(of_run, on_bad_shard="fail"), "train", folder=moved)
+
+
+def test_no_other_place_opens_the_data_of_a_run() -> None:
+    package = Path(tide_mega.__file__).parent
+    opening = {
+        path.relative_to(package).as_posix()
+        for path in package.rglob("*.py")
+        if "TokenStream.open(" in path.read_text(encoding="utf-8")
+    }
+    assert opening == {"memory/distinct.py"}  # a plan, of a dataset that no run may have seen yet
 
 
 def test_fingerprint_tells_data_split_and_length_apart(dataset: Path) -> None:

@@ -1,3 +1,4 @@
+import gzip
 import json
 from pathlib import Path
 
@@ -187,3 +188,28 @@ def test_real_texts_keep_their_bytes(tokenizer: HFTokenizer) -> None:
     found = TextSet.load(path, tokenizer)
     first = len(tokenizer.token_bytes(int(found.ids_N[0])))
     assert found.num_bytes == path.stat().st_size - first
+
+
+@pytest.mark.parametrize(
+    ("name", "called"),
+    [("a.b.txt.gz", "a.b"), ("a.ndjson", "a"), ("a.json.XZ", "a"), ("a.parquet", "a"), ("a.tokens", "a")],
+)
+def test_names_lose_the_suffix_of_their_compression_too(name: str, called: str) -> None:
+    assert text_name(name) == called
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.raw", "a.ndjson", "a.json.gz"])
+def test_a_text_is_read_without_its_mark_from_every_kind_of_file(
+    tmp_path: Path, tokenizer: HFTokenizer, name: str
+) -> None:
+    text = "the quick brown fox"
+    content = "\ufeff" + (json.dumps({"text": text}) if "json" in name else text)
+    (tmp_path / name).write_bytes(gzip.compress(content.encode()) if "gz" in name else content.encode())
+    found = TextSet.load(tmp_path / name, tokenizer)
+    assert found.ids_N.tolist() == tokenizer.encode_batch([text])[0].tolist()
+
+
+def test_a_text_of_one_json_array_is_refused_with_what_to_do(tmp_path: Path, tokenizer: HFTokenizer) -> None:
+    (tmp_path / "a.json").write_text('[{"text": "x"}]')
+    with pytest.raises(DataError, match=r"a\.json is one JSON array, not JSON lines: write an object a line"):
+        TextSet.load(tmp_path / "a.json", tokenizer)

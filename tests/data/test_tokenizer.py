@@ -102,6 +102,19 @@ def test_damaged_files_are_refused_by_name(tmp_path: Path, name: str, content: s
     assert name in str(raised.value)
 
 
+def test_a_byte_order_mark_is_no_part_of_a_tokenizer(tmp_path: Path) -> None:
+    plain = word_level(tmp_path / "tokenizer.json", ["<eos>"])
+    marked = tmp_path / "marked.json"
+    marked.write_bytes(b"\xef\xbb\xbf" + plain.read_bytes())
+    text = ["a b a"]
+    assert [load_tokenizer(path).encode_batch(text)[0].tolist() for path in (plain, marked)] == [
+        [0, 1, 0]
+    ] * 2
+    ranks = tmp_path / "tokenizer.model"
+    ranks.write_bytes(b"\xef\xbb\xbfYQ== 0\nYg== 1\n")
+    assert load_tokenizer(ranks).token_bytes(0) == b"a"
+
+
 def test_a_missing_file_is_named_and_a_folder_is_searched(tmp_path: Path, tokenizer_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"none\.json does not exist"):
         load_tokenizer(tmp_path / "none.json")

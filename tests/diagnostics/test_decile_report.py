@@ -78,13 +78,14 @@ def test_a_folder_without_evaluation_is_named(tmp_path: Path) -> None:
             load_run(missing)
 
 
-def test_damage_is_named(tmp_path: Path) -> None:
+def test_damage_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = write_run(tmp_path / "a", {"step": 1, "kind": "eval"})
     with pytest.raises(ValueError, match="the evaluation of 'a' has no 'null_weight_by_bin'"):
         load_run(folder)
     folder = write_run(tmp_path / "b", tail='{"oops\n{"step": 2, "kind": "train"}\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl:1 is not JSON"):
+    with pytest.raises(ValueError, match="holds no evaluation"):
         load_run(folder)
+    assert "metrics.jsonl is damaged: line 1 is not JSON" in caplog.text
 
 
 def test_rows_compare_each_decile_and_group() -> None:

@@ -34,15 +34,13 @@ class Fake(Diagnostic):
             axes[0, 0].plot([0, 1])
             labels = ", ".join(run.label for run in analysis.runs)
             table = DataTable.of(["a & b"], [["<i>"], [0.25]])
-            return Section(
-                self.name, self.shows, "A < B", "It rises.", (labels,), {"rows": table}, {"f": figure}
-            )
+            return Section("It rises.", (labels,), {"rows": table}, {"f": figure})
 
         return run
 
 
 def fake(name):
-    return Fake(name, "Figure 0", "nothing", "nowhere")
+    return Fake(name, "Figure 0", "A < B", "nothing", "nowhere")
 
 
 @pytest.fixture
@@ -118,6 +116,8 @@ def test_what_is_there_is_kept_until_what_it_depends_on_changes(analysis, tmp_pa
     analysis.options = replace(analysis.options, texts=[str(text)])
     assert made_again(analysis, "works", "later") == 2
     assert made_again(analysis, "works", "later") == 0
+    analysis.options = replace(analysis.options, texts=[f"{text.parent}/./{text.name}"])
+    assert made_again(analysis, "works") == 0, "the same file, spelled in another way"
     analysis.options = replace(analysis.options, templates=3)
     assert made_again(analysis, "works") == 0, "it does not depend on templates"
     analysis.options = replace(analysis.options, sequences=3)

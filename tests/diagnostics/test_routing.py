@@ -180,6 +180,19 @@ def test_deciles_without_a_token_are_not_compared(tiny_runs, alone, monkeypatch)
     assert findings[1].endswith("more on the commonest decile than on the rarest decile in 1 of 2 layers.")
 
 
+@pytest.mark.parametrize(
+    ("null_by_decile", "order"),
+    [
+        ((0.3, 0.3, 0.4), "never falls"),
+        ((0.3, 0.3, 0.3), "never falls"),
+        ((0.3, 0.3, 0.2), "rises in 0 of 2 steps"),
+    ],
+)
+def test_a_step_between_equal_neighbours_neither_rises_nor_falls(null_by_decile, order):
+    routing = planted({decile: (0.2, null) for decile, null in enumerate(null_by_decile)})
+    assert f" and {order} with frequency." in report._findings("run", routing)[0]
+
+
 def test_one_decile_with_tokens_is_compared_with_nothing(tiny_runs, alone, monkeypatch):
     findings = section_of(tiny_runs, alone, monkeypatch, one=planted({4: (0.2, 0.3)})).findings
     assert not any("decile" in sentence for sentence in findings)

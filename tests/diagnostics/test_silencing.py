@@ -9,6 +9,7 @@ import torch
 
 from tests.support.trained import reference_of
 from tide_mega.data.batch import TokenBatch
+from tide_mega.data.errors import DataError
 from tide_mega.diagnostics import analysis as analysis_module
 from tide_mega.diagnostics.analysis import Analysis, SkippedError
 from tide_mega.diagnostics.options import AnalyzeOptions
@@ -127,6 +128,8 @@ def test_the_section_has_every_layer_on_every_text(tiny_runs, alone, tmp_path):
         assert perplexity == pytest.approx(math.exp(loss))
         assert percent == pytest.approx(100 * (perplexity / whole[name][3] - 1), abs=1e-6)
     assert len(section.findings) == 4 and set(section.figures) == {"layers_1"}
+    with pytest.raises(DataError, match=r"words\.txt is longer than max_document_bytes=99: "):
+        run(analysis_of(tiny_runs, alone, 0, 2, texts=texts, max_document_bytes=99))
 
 
 def two_runs_with_memory(tiny_runs, device):

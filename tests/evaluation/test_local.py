@@ -30,7 +30,7 @@ def test_files_are_found_and_the_others_named_with_what_they_need(tmp_path):
     ("line", "problem"),
     [
         ("{", "line 2 is not JSON"),
-        ("[]", "line 2 is not an object"),
+        ("[]", "line 2 is a JSON list, not an object"),
         ({**GOOD, "query": 3}, "line 2 has no text under 'query'"),
         ({**GOOD, "choices": "ab"}, "line 2 has no list of texts under 'choices'"),
         ({**GOOD, "choices": []}, "line 2 has no list of texts under 'choices'"),
@@ -44,6 +44,29 @@ def test_a_line_that_is_no_example_is_named(tmp_path, line, problem):
     with pytest.raises(ConfigError) as caught:
         find_files(tmp_path, ["piqa"])
     assert f"piqa.jsonl {problem}" in str(caught.value)
+
+
+def test_a_mark_before_the_first_line_and_blank_lines_are_no_examples(tmp_path):
+    lines = b"\xef\xbb\xbf" + json.dumps(GOOD).encode() + b"\r\n \r\n" + json.dumps(GOOD).encode()
+    (tmp_path / "piqa.jsonl").write_bytes(lines)
+    files, _ = find_files(tmp_path, ["piqa"])
+    assert list(files) == ["piqa"]
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        (b'{"query": "\xff"}', "is not UTF-8: byte 0xff"),
+        (b'{"query": "\\ud800", "choices": ["a"], "gold": 0}', "lone surrogate"),
+        (b'{"query": "a", "choices": ["\\ud800"], "gold": 0}', "has no list of texts under 'choices'"),
+        (b"[" * 10**5, "nested too deeply"),
+        (b"9" * 5000, "is not JSON that can be read"),
+    ],
+)
+def test_what_no_reader_could_read_is_named_too(tmp_path, line, problem):
+    (tmp_path / "piqa.jsonl").write_bytes(line)
+    with pytest.raises(ConfigError, match=f"piqa.jsonl line 1 .*{problem}"):
+        find_files(tmp_path, ["piqa"])
 
 
 def test_an_open_task_needs_a_continuation(tmp_path):

@@ -19,6 +19,7 @@ from tide_mega.evaluation import harness, session
 from tide_mega.evaluation.errors import EvaluationError
 from tide_mega.evaluation.results import Stored, read
 from tide_mega.evaluation.session import evaluate
+from tide_mega.jobs.folder_lock import FolderLock, FolderTakenError
 from tide_mega.parallel.device import Device, choose_device
 
 
@@ -33,6 +34,17 @@ def test_results_of_an_earlier_scoring_are_kept_and_computed_again(options, alon
     assert old == replace(key, harness=harness.require())
     evaluate(one, alone)
     assert set(read(path).results) == {old, key}
+
+
+def test_a_folder_that_another_evaluation_writes_is_refused_untouched(options, alone):
+    out = Path(options.out)
+    with FolderLock(out, "an evaluation", key="out"):
+        before = sorted(out.iterdir())
+        with pytest.raises(FolderTakenError, match="is in use by an evaluation"):
+            evaluate(replace(options, run=options.run[:1], tasks=["arc_easy"]), alone)
+        assert sorted(out.iterdir()) == before
+    evaluate(replace(options, run=options.run[:1], tasks=["arc_easy"]), alone)
+    assert (out / "zero_shot.json").exists() and not (out / "in_use.json").exists()
 
 
 def test_memory_is_freed_when_the_model_is_no_longer_held(options, alone, monkeypatch):
@@ -160,7 +172,7 @@ def test_an_unusable_out_is_refused_before_anything_is_computed(options, alone, 
     measured = []
     monkeypatch.setattr(harness.Tasks, "measure", lambda *args: measured.append(args))
     with pytest.raises(
-        ConfigError, match=rf"out=/.*/{where} cannot take zero_shot.json \(.*\): give a folder"
+        ConfigError, match=rf"out=/.*/{where} cannot (take zero_shot.json|be written) \(.*\): give "
     ):
         evaluate(replace(options, out=str(tmp_path / where)), alone)
     assert not measured

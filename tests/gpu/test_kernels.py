@@ -8,7 +8,9 @@ from tide_mega.kernels.mix import mix
 from tide_mega.kernels.mix.naive import mix as naive_mix
 from tide_mega.kernels.norm_router import norm_and_route
 from tide_mega.kernels.row_gradient import RowGradient, naive
+from tide_mega.kernels.row_lookup import look_up
 from tide_mega.kernels.row_norm import row_norm
+from tide_mega.kernels.row_sum import add_rows
 from tide_mega.kernels.token_order import TokenOrder
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -136,6 +138,19 @@ def test_the_norm_with_the_router_equals_the_naive_one_in_fp64(blocks, width, dt
         torch.testing.assert_close(got.double(), wanted, rtol=rtol, atol=atol)
 
 
+def test_a_row_looked_up_3000_times_has_its_whole_gradient_rounded_once_and_repeats():
+    torch.manual_seed(6)
+    ids = torch.tensor([1] * 3000 + [4] * 3, device=CUDA)[torch.randperm(3003, device=CUDA)]
+    seed, gradients = torch.rand(3003, 2048, device=CUDA).bfloat16(), []
+    for _ in range(2):
+        table = torch.zeros(7, 2048, device=CUDA, dtype=torch.bfloat16, requires_grad=True)
+        look_up(table, ids).backward(seed)
+        gradients.append(table.grad)
+    exact = torch.zeros(7, 2048, device=CUDA, dtype=torch.float64).index_add_(0, ids, seed.double())
+    torch.testing.assert_close(gradients[0].double(), exact, rtol=ROUNDED, atol=0)
+    assert torch.equal(*gradients)
+
+
 def test_repeats_are_equal_to_the_last_bit():
     torch.manual_seed(3)
     order = order_of("zipf", 16_384)
@@ -143,6 +158,18 @@ def test_repeats_are_equal_to_the_last_bit():
     first = fused(leaves, order, seed)
     for _ in range(3):
         assert all(torch.equal(a, b) for a, b in zip(first, fused(leaves, order, seed), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_64_askers_are_added_up_to_the_last_bit_of_the_oracle(dtype):
+    torch.manual_seed(5)
+    counts = [(7 * asker) % 200 for asker in range(64)]
+    rows_Q = torch.cat([torch.randperm(501, device=CUDA)[:count].sort().values for count in counts])
+    received_QKD, before_WKD = draw(len(rows_Q), 8, 1024, dtype=dtype), draw(501, 8, 1024)
+    expected, got = before_WKD.clone(), before_WKD.clone()
+    add_rows("naive", expected, rows_Q, received_QKD, counts, 24)
+    add_rows("triton", got, rows_Q, received_QKD, counts, 24)
+    assert torch.equal(got, expected)
 
 
 def test_nothing_waits_for_the_device():
@@ -153,9 +180,13 @@ def test_nothing_waits_for_the_device():
     norm[1:] = [leaf.requires_grad_() for leaf in norm[1:]]
     fused(leaves, order, seed)  # compiles
     routed("triton", norm, [seed, leaves[0].detach()])
+    table = leaves[3].flatten(1)
     torch.cuda.set_sync_debug_mode("error")
     try:
         fused(leaves, order, seed)
         routed("triton", norm, [seed, leaves[0].detach()])
+        torch.autograd.grad(
+            look_up(table, order.index_N), table, draw(TOKENS, 8 * 2048, dtype=torch.bfloat16)
+        )
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -2,13 +2,15 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from tests.support.runs import tiny
 from tide_mega.health import check as module
 from tide_mega.health.check import check
-from tide_mega.health.facts import Facts
+from tide_mega.health.facts import Facts, _gpus
 from tide_mega.health.meeting import Meeting
 from tide_mega.parallel.groups import World
 
@@ -79,3 +81,26 @@ def test_the_command_checks_the_configuration_first():
     words = [sys.executable, "-m", "tide_mega.health", "optim.lr=abc"]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "optim.lr" in done.stderr
+
+
+def test_a_gpu_that_does_not_answer_is_named_and_keeps_its_place(monkeypatch):
+    def properties(index):
+        if index == 1:
+            raise RuntimeError("CUDA error: uncorrectable ECC error encountered\nmore lines")
+        return SimpleNamespace(name="NVIDIA H100", total_memory=80 * 2**30)
+
+    def memory(index):
+        if index == 2:
+            raise torch.AcceleratorError("CUDA error: unspecified launch failure")
+        return (10 if index == 3 else 79) * 2**30, 80 * 2**30
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", memory)
+    problems: list[str] = []
+    assert _gpus(problems) == ["NVIDIA H100 80 GiB", "unusable", "unusable", "NVIDIA H100 80 GiB"]
+    assert problems == [
+        "GPU 1 does not answer: CUDA error: uncorrectable ECC error encountered more lines",
+        "GPU 2 does not answer: CUDA error: unspecified launch failure",
+        "GPU 3 has 70 GiB in use by someone else",
+    ]

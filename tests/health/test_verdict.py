@@ -1,6 +1,8 @@
 from dataclasses import replace
 
+from tide_mega.health.collective import Outcome
 from tide_mega.health.facts import Facts
+from tide_mega.health.links import Suspicion
 from tide_mega.health.verdict import judge, table
 
 GOOD = Facts(
@@ -13,7 +15,7 @@ GOOD = Facts(
     root_free=10**12,
     tmp_free=10**11,
     clock=1000.0,
-    bandwidth=3.2e11,
+    outcome=Outcome({"n0": 3.2e11, "n0+n1": 5e10, "n2+n0": 4e10, "all": 6e10}),
 )
 
 
@@ -67,7 +69,16 @@ def test_own_problems_and_absence():
     assert found == ["n0: did not report in time", "n2: x"]
 
 
+def test_what_the_all_reduces_have_shown():
+    suspicions = [Suspicion("n1", "hangs"), Suspicion(None, "all are slow")]
+    assert said(cluster(), suspicions=suspicions) == ["n1: hangs", "all are slow"]
+
+
 def test_the_table_has_a_line_for_each_node():
     lines = table(cluster(n1={"clock": 1000.25})).splitlines()
     assert [line.split()[:2] for line in lines[1:]] == [["n0", "0-1"], ["n1", "2-3"], ["n2", "4-5"]]
-    assert "+250" in lines[2] and "2 x H100 80 GiB" in lines[1] and "320.0" in lines[1]
+    assert (
+        "+250" in lines[2]
+        and "2 x H100 80 GiB" in lines[1]
+        and lines[1].split()[-5:-2] == ["320.0", "50.0", "60.0"]
+    )

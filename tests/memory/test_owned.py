@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tests.support.id_sets import exchanges, id_sets
 from tests.support.slow import quick_and_slow
 from tests.support.tables import BLOCKS, OPTIM, WIDTH, drawn, owned_tables, whole_rows
+from tests.support.tables import fetch as fetch_rows
 from tide_mega.config.schema import OptimConfig
 
 QUICK = settings(max_examples=25, deadline=None)
@@ -40,7 +41,7 @@ def take_steps(tables, steps, first=0):
     fetched = []
     for number, step in enumerate(steps, start=first):
         ids = step.ids_by_replica[tables.groups.data_rank]
-        fetch = tables.fetch(torch.tensor(ids, dtype=torch.int64))
+        fetch = fetch_rows(tables, ids)
         fetched.append(tables.rows_of(fetch).float().numpy())
         grad_UKD = gradient_of(number, tables.groups.data_rank, ids).to(tables.dtype)
         tables.add_gradient(fetch, grad_UKD)
@@ -153,7 +154,7 @@ def skip(vocabulary, steps):
         "updates": torch.tensor(tables.updates)
     }
     ids = steps[1].ids_by_replica[tables.groups.data_rank]
-    fetch = tables.fetch(torch.tensor(ids, dtype=torch.int64))
+    fetch = fetch_rows(tables, ids)
     tables.rows_of(fetch)
     tables.add_gradient(fetch, torch.full((len(ids), BLOCKS, WIDTH), float("nan")))
     tables.drop_gradient()
@@ -218,7 +219,7 @@ def test_trainings_repeat_to_the_last_bit(pools, training):
 def ask_beyond(vocabulary, ids):
     tables = owned_tables(vocabulary, 1)
     try:
-        tables.fetch(torch.tensor(ids))
+        fetch_rows(tables, ids)
     except IndexError as error:
         return str(error)
     return None

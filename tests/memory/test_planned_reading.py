@@ -23,8 +23,8 @@ def read_tokens(vocabulary, tokens_by_replica, tensor, dtype):
     tables = owned_tables(vocabulary, tensor, dtype)
     replica = tables.groups.data_rank
     microbatches = [torch.tensor([tokens], dtype=torch.int64) for tokens in tokens_by_replica[replica]]
-    plan = plan_rows(microbatches)
-    fetch = tables.fetch(plan.ids_U)
+    plan = plan_rows(microbatches, vocabulary, tables.owners)
+    fetch = tables.fetch(plan)
     leaf_UKD = tables.rows_of(fetch).requires_grad_()
     read = []
     for number, index_BT in enumerate(plan.index_MBT):

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from hypothesis import example, given, settings
 
 from tests.support.id_sets import exchanges
+from tests.support.tables import planned_route
 from tide_mega.memory.meter import TrafficMeter
-from tide_mega.memory.route import Route
 
 BLOCKS, WIDTH = 2, 3
 ROW_BYTES, ID_BYTES = BLOCKS * WIDTH * 4, 8
@@ -47,10 +47,12 @@ def exchange(vocabulary, ids_by_rank):
     shard_WKD = torch.zeros(-(-vocabulary // members), BLOCKS, WIDTH)
     own = whole_table(vocabulary)[rank::members]
     shard_WKD[: len(own)] = own
-    route = Route.plan(torch.tensor(ids_by_rank[rank], dtype=torch.int64), group, meter)
+    route = planned_route(torch.tensor(ids_by_rank[rank], dtype=torch.int64), group, meter)
     rows_UKD = route.fetch(shard_WKD[route.rows_Q], meter).wait()
     gradient_WKD = torch.zeros_like(shard_WKD)
-    for rows_R, grad_RKD in route.give_back(gradient_of(rank, ids_by_rank[rank]), meter):
+    received_QKD = route.give_back(gradient_of(rank, ids_by_rank[rank]), meter)
+    by = route.asked.by
+    for rows_R, grad_RKD in zip(route.rows_Q.split(by), received_QKD.split(by), strict=True):
         gradient_WKD[rows_R] += grad_RKD
     return rows_UKD.numpy(), gradient_WKD.numpy(), meter.read()
 
@@ -124,7 +126,7 @@ def two_under_way():
     asked = [torch.tensor([0, 3, 8]), torch.tensor([1, 2, 3, 7][rank:])]
     pending = []
     for ids_U in asked:
-        route = Route.plan(ids_U, group, meter)
+        route = planned_route(ids_U, group, meter)
         pending.append(route.fetch(table[rank::2][route.rows_Q], meter))
     late = [fetched.wait() for fetched in reversed(pending)]
     return [torch.equal(rows, table[ids]) for rows, ids in zip(reversed(late), asked, strict=True)]

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.support.tables import planned_route
 from tide_mega.memory.meter import TrafficMeter
-from tide_mega.memory.route import Route
 from tide_mega.memory.traffic import (
     Layout,
     Tables,
@@ -155,7 +155,7 @@ def metered_exchange(seed):
         for owner in range(group.size())
     ]
     ids_U = torch.cat(asked).sort().values
-    route = Route.plan(ids_U, group, meter)
+    route = planned_route(ids_U, group, meter)
     owned_QKD = torch.zeros(len(route.rows_Q), blocks, width, dtype=torch.bfloat16)
     rows_UKD = route.fetch(owned_QKD, meter).wait()
     route.give_back(torch.zeros_like(rows_UKD), meter)

@@ -142,7 +142,7 @@ def test_null_weight_leaves_padding_out() -> None:
     tokens_BT = torch.tensor([[4, 8, -1]])
     null_LBT = null_weights(tokens_BT)
     null_LBT[:, :, 1:] = math.nan
-    null.update(null_LBT, tokens_BT, labels_BT=torch.tensor([[8, -1, 3]]))
+    null.update(null_LBT, tokens_BT, labels_BT=torch.tensor([[0, -1, 3]]))  # type 0 is a label too
     assert null.reduce(one_rank).by_layer == [0.25, 0.125]
 
 

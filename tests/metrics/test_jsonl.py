@@ -1,5 +1,7 @@
+import errno
 import json
 import math
+import os
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -125,15 +127,52 @@ def test_a_torn_last_line_is_left_out(tmp_path: Path, torn: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "what"), [("{oops", "is not JSON"), ("[1]", "is not a record"), ('{"a": 1}', "is not a record")]
+    ("line", "what"),
+    [
+        ("{oops", "is not JSON"),
+        ("[1]", "is not a record"),
+        ('{"a": 1}', "is not a record"),
+        ("\0" * 40, "is not JSON"),
+        ('{"step": 1, "kind": "event"}', "is an event without tokens"),
+    ],
 )
-def test_a_damaged_line_before_the_last_is_named(tmp_path: Path, line: str, what: str) -> None:
+def test_a_damaged_line_before_the_last_is_named_and_costs_itself_alone(
+    tmp_path: Path, line: str, what: str, caplog: pytest.LogCaptureFixture
+) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 2}}\n')
-    with pytest.raises(ValueError, match=f"metrics.jsonl:2 {what}"):
-        read_metrics(path)
-    with pytest.raises(ValueError, match=f"metrics.jsonl:2 {what}"):
-        truncate_after(path, 1)
+    path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 2}}\n{{"step": 3}}\n')
+    assert [record["step"] for record in read_metrics(path)] == [1, 2, 3]
+    assert f"metrics.jsonl is damaged: line 2 {what}" in caplog.text
+    log_steps(path, [3], resume_step=2)
+    assert [record["step"] for record in read_metrics(path)] == [1, 2, 3]
+    assert (tmp_path / "metrics.jsonl.damaged").read_text() == f"{line}\n"
+    caplog.clear()
+    read_metrics(path)
+    assert not caplog.records
+
+
+def test_a_full_disk_delays_the_log_and_stops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, room, write = tmp_path / "metrics.jsonl", 100, os.write
+
+    def until_full(descriptor: int, content: bytes) -> int:
+        nonlocal room
+        if room == 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written = write(descriptor, bytes(content[:room]))
+        room -= written
+        return written
+
+    monkeypatch.setattr(os, "write", until_full)
+    logger = JsonlLogger(path, None)
+    for step in (1, 2):
+        logger.log_train(replace(TRAIN, step=step))
+    assert caplog.text.count("training goes on") == 1
+    room = 10_000
+    logger.log_train(replace(TRAIN, step=3))
+    logger.close()
+    assert [record["step"] for record in read_metrics(path)] == [1, 2, 3]
 
 
 def test_a_file_that_is_not_there_has_nothing_to_drop(tmp_path: Path) -> None:

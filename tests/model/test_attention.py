@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from megatron.core.transformer.enums import AttnMaskType
 
 from tide_mega.model.attention import CausalCoreAttention
 from tide_mega.model.reference import rotate
+from tide_mega.parallel.determinism import deterministic_algorithms
+from tide_mega.parallel.device import Device
 
 
 def core(theta=10_000.0):
@@ -49,3 +52,26 @@ def test_theta_reaches_the_angles():
 def test_another_mask_is_refused():
     with pytest.raises(ValueError, match="cannot do self attention"):
         CausalCoreAttention(None, 1, AttnMaskType.padding, "self", rope_theta=1e4)
+
+
+def test_flash_attn_gets_16_bits_alone_in_its_own_layout_and_gives_the_same(monkeypatch):
+    seen = []
+
+    def flash(query, key, value, *, causal, deterministic):
+        """As flash-attn computes it, from [B, S, heads, C]."""
+        seen.append((tuple(query.shape), tuple(key.shape), causal, deterministic))
+        heads_first = (x.transpose(1, 2) for x in (query, key, value))
+        out = F.scaled_dot_product_attention(*heads_first, is_causal=causal, enable_gqa=True)
+        return out.transpose(1, 2)
+
+    torch.manual_seed(0)
+    query, key, value = torch.randn(9, 2, 6, 8), torch.randn(9, 2, 2, 8), torch.randn(9, 2, 2, 8)
+    single = [x.bfloat16() for x in (query, key, value)]
+    expected = core()(*single)
+    monkeypatch.setattr("tide_mega.model.attention.flash_attention", lambda _: flash)
+    torch.testing.assert_close(core()(*single), expected)
+    with deterministic_algorithms(True, Device(torch.device("cpu"), "gloo", "cpu")):
+        core()(*single)
+    assert seen == [((2, 9, 6, 8), (2, 9, 2, 8), True, deterministic) for deterministic in (False, True)]
+    core()(query, key, value)
+    assert len(seen) == 2

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
 
+from tide_mega.config.hydra_door import compose
 from tide_mega.model.spec import transformer_config
 from tide_mega.parity.case import Case, configuration
 
@@ -20,6 +21,13 @@ def test_swiglu_is_fused_on_a_gpu_only(device, compile_kernels, fused):
     built = transformer_config(config.model, config.parallel, "bf16", torch.device(device), compile_kernels)
     assert built.bias_activation_fusion is fused
     assert not built.add_bias_linear
+
+
+@pytest.mark.parametrize("parallel", ["pp2", "pp2_interleaved"])
+def test_no_exchange_between_stages_waits_for_the_whole_device(parallel):
+    config = compose([f"parallel={parallel}"])
+    built = transformer_config(config.model, config.parallel, "bf16", torch.device("cpu"))
+    assert not built.batch_p2p_sync
 
 
 @pytest.mark.slow

@@ -1,4 +1,7 @@
-"""A private SLURM cluster of two nodes on this host: its own munge key, sockets, ports and state folder."""
+"""A private SLURM cluster of two nodes on this host: its own munge key, sockets, ports and state folder.
+
+Its queue is strict: no job without a time limit, none above a day, little memory where none is asked for.
+"""
 
 import os
 import shutil
@@ -38,7 +41,10 @@ AccountingStorageType=accounting_storage/none
 MpiDefault=none
 SchedulerParameters=sched_interval=1,bf_interval=1
 SelectType=select/cons_tres
-SelectTypeParameters=CR_Core
+SelectTypeParameters=CR_Core_Memory
+DefMemPerNode=100
+JobSubmitPlugins=require_timelimit
+EnforcePartLimits=ALL
 ReturnToService=2
 MinJobAge=86400
 JobRequeue=1
@@ -47,7 +53,7 @@ SlurmdParameters=config_overrides
 GresTypes=gpu
 NodeName=DEFAULT CPUs={cpus} SocketsPerBoard=1 CoresPerSocket={cpus} ThreadsPerCore=1 RealMemory=2000 State=UNKNOWN
 {node_lines}
-PartitionName=main Nodes=node[1-{nodes}] Default=YES MaxTime=INFINITE State=UP
+PartitionName=main Nodes=node[1-{nodes}] Default=YES MaxTime=1-00:00:00 State=UP
 """
 
 
@@ -88,7 +94,7 @@ class Cluster:
         return "\n".join(f"--- {p.name}\n{p.read_text()[-3000:]}" for p in sorted(self.folder.glob("*.log")))
 
 
-def wait_until(reached: Callable[[], bool], what: str, logs: Callable[[], str], timeout: float = 30) -> None:
+def wait_until(reached: Callable[[], bool], what: str, logs: Callable[[], str], timeout: float = 120) -> None:
     deadline = time.monotonic() + timeout
     while not reached():
         if time.monotonic() > deadline:

@@ -11,7 +11,7 @@ from tide_mega.metrics.jsonl import read_metrics
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
-LONG = ("trainer.max_steps=60", "trainer.eval_every=0", "optim.warmup_steps=5")
+LONG = ("trainer.max_steps=40", "trainer.eval_every=0", "optim.warmup_steps=5")
 """Long enough to be met while it runs."""
 OFTEN = ("logging.every=1", "checkpoint.every=20")
 
@@ -44,7 +44,7 @@ class Run:
         def reached():
             return any(record["step"] >= step for record in self.records())
 
-        wait_until(reached, f"step {step}", lambda: self.text() + self.cluster.logs(), timeout=120)
+        wait_until(reached, f"step {step}", lambda: self.text() + self.cluster.logs(), timeout=300)
 
 
 @pytest.fixture
@@ -56,22 +56,22 @@ def run(cluster, tiny_data, tmp_path):
 def expected(pools, tiny_data, tmp_path_factory):
     """Loss of every step of the run that nothing disturbs, in one process."""
     root = tmp_path_factory.mktemp("alone")
-    assert pools(1).run(train_here, tiny(tiny_data, root, *LONG, *OFTEN)) == [60]
+    assert pools(1).run(train_here, tiny(tiny_data, root, *LONG, *OFTEN)) == [40]
     return [r["loss"] for r in read_metrics(root / "tiny" / "metrics.jsonl") if r["kind"] == "train"]
 
 
 def assert_whole(run, expected):
     """Every step is logged once, with the loss of the run that nothing disturbed."""
     records = run.records()
-    assert [r["step"] for r in records] == list(range(1, 61))
+    assert [r["step"] for r in records] == list(range(1, 41))
     assert [r["loss"] for r in records] == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_preempted_run_is_saved_requeued_and_goes_on_with_the_same_losses(run, cluster, expected):
-    job = run.submit("logging.wandb=offline", tasks=2)
+    job = run.submit("logging.wandb=offline")
     run.wait_for_step(5)
     assert cluster.run("scancel", "--batch", "--signal=USR1", job).returncode == 0
-    fields = cluster.finish(job, timeout=120, restarts=1)
+    fields = cluster.finish(job, timeout=300, restarts=1)
     log = run.text()
     assert fields["JobState"] == "COMPLETED", log
     assert "SIGUSR1 came: saving after step" in log
@@ -83,9 +83,9 @@ def test_a_preempted_run_is_saved_requeued_and_goes_on_with_the_same_losses(run,
     runs = {path.name.rsplit("-", 1)[1] for path in (run.folder / "wandb").glob("offline-run-*")}
     assert runs == {(run.folder / "wandb_run_id").read_text().strip()}, "one W&B run over both starts"
     # The same command again has nothing to do.
-    job = run.submit("logging.wandb=offline", tasks=2)
-    assert cluster.finish(job, timeout=60)["JobState"] == "COMPLETED"
-    assert "is complete: 60 steps done, nothing to train" in run.text()
+    job = run.submit("logging.wandb=offline")
+    assert cluster.finish(job, timeout=300)["JobState"] == "COMPLETED"
+    assert "is complete: 40 steps done, nothing to train" in run.text()
 
 
 def test_a_node_that_goes_down_costs_the_steps_since_the_last_checkpoint(run, cluster, expected):
@@ -94,11 +94,11 @@ def test_a_node_that_goes_down_costs_the_steps_since_the_last_checkpoint(run, cl
     cluster.run("scontrol", "update", "NodeName=node2", "State=DOWN", "Reason=test")
     try:
         wait_until(
-            lambda: cluster.fields(job).get("JobState") == "PENDING", "requeue", cluster.logs, timeout=30
+            lambda: cluster.fields(job).get("JobState") == "PENDING", "requeue", cluster.logs, timeout=120
         )
     finally:
         cluster.run("scontrol", "update", "NodeName=node2", "State=RESUME")
-    fields = cluster.finish(job, timeout=120, restarts=1)
+    fields = cluster.finish(job, timeout=300, restarts=1)
     assert fields["JobState"] == "COMPLETED", run.text()
     assert "resumed from" in run.text()
     assert_whole(run, expected)
@@ -108,7 +108,7 @@ def test_a_cancelled_run_saves_first(run, cluster):
     job = run.submit("checkpoint.every=0")
     run.wait_for_step(5)
     cluster.run("scancel", job)
-    fields = cluster.finish(job, timeout=60)
+    fields = cluster.finish(job, timeout=300)
     assert fields["JobState"] == "CANCELLED"
     saved = [path.name for path in (run.folder / "checkpoints").glob("step-*")]
     assert len(saved) == 1, run.text()
@@ -117,11 +117,11 @@ def test_a_cancelled_run_saves_first(run, cluster):
 
 def test_healthy_nodes_are_shown_and_train(run, cluster):
     job = run.submit("trainer.max_steps=6", tasks=2, TIDE_HEALTH="1")
-    assert cluster.finish(job, timeout=120)["JobState"] == "COMPLETED", run.text()
+    assert cluster.finish(job, timeout=300)["JobState"] == "COMPLETED", run.text()
     log = run.text()
     assert "4 ranks on 2 node(s) may train" in log
     assert "node1  0-1" in log and "node2  2-3" in log
-    assert log.index("may train") < log.index("6 steps of")
+    assert log.index("may train") < log.index("to train 6 steps")
     assert not list(run.root.glob(".health-*"))
 
 
@@ -155,7 +155,7 @@ def test_a_sick_node_is_named_and_nothing_trains(run, cluster, sickness, said):
     site.mkdir()
     (site / "sitecustomize.py").write_text(SITE)
     job = run.submit(TIDE_HEALTH="1", SICKNESS=sickness, PYTHONPATH=str(site))
-    fields = cluster.finish(job, timeout=120)
+    fields = cluster.finish(job, timeout=300)
     log = run.text()
     assert fields["ExitCode"] == "5:0", log
     assert said in log and "sick: node1" not in log

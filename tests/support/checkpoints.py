@@ -124,7 +124,7 @@ def step_after_resuming(config: TideConfig) -> tuple[int, float, float]:
     """Resume in a pool's worker and make a step; return the step, its mean loss and its gradient norm."""
     trainer = Trainer(config, World.from_environment())
     try:
-        batches = trainer.batches.next_step()
+        batches = trainer.batches.next_step(config.trainer.global_batch_size)
         result = compute_gradients(trainer.engine, batches, trainer.config.trainer.z_loss, window=None)
         trainer.engine.step(1e-3)
         window = trainer.reporter.window

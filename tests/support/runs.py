@@ -30,6 +30,7 @@ TINY = [
     "optim.warmup_steps=2",
     "checkpoint.every=3",
     "logging.every=2",
+    "cluster.device=cpu",  # also on a machine with GPUs: the workers are joined by gloo
     "cluster.threads=1",
     "cluster.peak_tflops=1",
 ]

@@ -126,3 +126,10 @@ def test_a_wrong_option_is_one_sentence_and_status_2(tool, capsys, word, message
 def test_auto_without_a_gpu_is_refused(tool, capsys):
     assert tool.main(["model=auto", "device=cpu"]) == 2
     assert "needs a GPU to fit: name a model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("blocks", [0, 2, 3, 8, 24, 40])
+def test_steps_are_those_of_the_presets(tool, blocks):
+    config = tool.StepOptions().configuration("demo", blocks, "fp32")
+    assert config.memory.num_blocks == blocks
+    assert config.memory.owners == ("tensor_data" if blocks else "tensor")

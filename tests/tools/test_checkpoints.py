@@ -43,6 +43,14 @@ def test_damage_is_named_and_status_1(tool, run, capsys):
     assert "manifest.json is missing" in capsys.readouterr().out
 
 
+def test_a_foreign_file_is_named_and_no_damage(tool, run, capsys):
+    (run / "checkpoints" / "step-00000006" / ".DS_Store").write_bytes(b"x")
+    (run / "checkpoints" / "step-00000006" / "notes").mkdir()
+    (run / "checkpoints" / "step-00000006" / "z\x1b[2J\n").touch()
+    assert tool.main(["verify", f"path={run}"]) == 0
+    assert r"not part of it, and ignored: .DS_Store, notes, z\x1b[2J\n" in capsys.readouterr().out
+
+
 def test_differences_are_measured(tool, run, tmp_path, capsys):
     old, new = (run / "checkpoints" / f"step-0000000{step}" for step in (3, 6))
     assert tool.main(["diff", f"path={old}", f"other={old}"]) == 0

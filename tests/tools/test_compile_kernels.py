@@ -3,8 +3,10 @@
 import json
 import os
 import sys
+from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.support.tools import tool_module
 
@@ -58,6 +60,19 @@ def test_a_width_that_is_no_power_of_two_and_many_blocks_compile(tool, aot, caps
         == 0
     )
     assert "6 kernels compiled, 0 with a fault" in capsys.readouterr().out
+
+
+def test_the_row_gradient_of_many_blocks_spills_at_no_width(tool, aot, capsys):
+    # With one stage more it spills on sm_90 under triton 3.7 and 3.8, which torch 2.13 and 2.14 for CUDA bring.
+    words = ["kernel=row_gradient", "arch=sm_90", "blocks=[17,24]", "dtype=bf16"]
+    assert tool.main(words) == 0
+    assert "8 kernels compiled, 0 with a fault" in capsys.readouterr().out
+
+
+def test_the_widths_of_all_paper_models_are_compiled_by_default(tool):
+    models = (Path(__file__).parents[2] / "conf" / "model").glob("*.yaml")
+    widths = {yaml.safe_load(path.read_text())["hidden_size"] for path in models if path.stem != "demo"}
+    assert set(tool.CompileOptions().width) == widths
 
 
 def test_a_tile_too_large_spills_and_is_a_fault(tool, aot, monkeypatch, capsys):

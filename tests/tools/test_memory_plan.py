@@ -94,6 +94,7 @@ def test_the_tables_have_a_line_for_every_case(status, tiny_data):
         ("gigabits=0", "gigabits=0.0 is no rate"),
         ("vocab=3", "vocab=3 has no row for token id"),
         ("out=/nowhere/plan.json", "out=/nowhere/plan.json lies in a folder that does not exist"),
+        ("max_document_bytes=0", "max_document_bytes=0 is too small"),
         ("text=/nowhere", "/nowhere, which is neither a file nor a folder"),
         ("tokenizer=/nowhere.json", ""),
     ],

@@ -132,6 +132,49 @@ def test_a_silenced_layer_leaves_the_memory_out_and_only_within(tiny_runs, alone
     assert (with_all - silent).abs().max() > 1e-4
 
 
+def losses(model, batch):
+    return model.score([batch])[0].cross_entropy_BT
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_models_own_rows_read_from_outside_change_no_bit(tiny_runs, alone, precision):
+    model, batch = TrainedModel(TrainedRun.open(tiny_runs[2]), alone, precision=precision), batch_of()
+    own, asked = losses(model, batch), []
+
+    def rows_of(ids_U):
+        asked.append(ids_U)
+        return model.normalised(model.table_rows(ids_U))
+
+    with model.reading(rows_of):
+        assert torch.equal(losses(model, batch), own)
+    assert [ids_U.tolist() for ids_U in asked] == [batch.tokens_BT.unique().tolist()]
+
+
+def test_rows_of_zeros_are_all_layers_silenced_and_only_within(tiny_runs, alone):
+    model, batch = TrainedModel(TrainedRun.open(tiny_runs[2]), alone), batch_of()
+    own = losses(model, batch)
+    with model.silenced(0, 1):
+        silent = losses(model, batch)
+    with model.reading(lambda ids_U: torch.zeros(len(ids_U), 2, 32)):
+        assert torch.equal(losses(model, batch), silent)
+    assert torch.equal(losses(model, batch), own) and not torch.equal(own, silent)
+
+
+def test_rows_that_are_not_the_models_are_refused(tiny_runs, alone):
+    model, batch = TrainedModel(TrainedRun.open(tiny_runs[2]), alone), batch_of()
+    for rows in (torch.zeros(1, 2, 32), torch.zeros(len(batch.tokens_BT.unique()), 2, 32).bfloat16()):
+        with (
+            pytest.raises(ValueError, match=r"must be \[\d+, 2, 32\] in torch.float32"),
+            model.reading(lambda _, rows=rows: rows),
+        ):
+            losses(model, batch)
+    with (
+        pytest.raises(ValueError, match="no memory"),
+        TrainedModel(TrainedRun.open(tiny_runs[0]), alone).reading(torch.zeros_like),
+    ):
+        pass
+
+
 def test_an_earlier_checkpoint_is_another_model(tiny_runs, alone):
     run, batch = TrainedRun.open(tiny_runs[2]), batch_of()
     early, late = (
@@ -172,6 +215,8 @@ def looks_into_a_shard(path, tokens_BT):
     model = TrainedModel(TrainedRun.open(path), choose_device("cpu", 0), parallel=parallel)
     with pytest.raises(ValueError, match="only a model in one process"):
         model.look_inside(tokens_BT)
+    with pytest.raises(ValueError, match="only a model in one process"), model.reading(torch.zeros_like):
+        pass
 
 
 def test_a_shard_is_not_looked_into(tiny_runs, pools):

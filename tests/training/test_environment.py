@@ -22,7 +22,8 @@ def git(folder: Path, *arguments: str) -> str:
 def test_names_versions_and_no_machine() -> None:
     environment = describe_environment(torch.device("cpu"), world_size=4)
     text = json.dumps(environment)
-    assert environment["packages"]["torch"] == torch.__version__
+    # Without the build's mark, which the wheels for CUDA have in the module alone.
+    assert environment["packages"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
     assert environment["python"] == platform.python_version()
     assert environment["optional"] == detect_libraries()
     assert (environment["device"], environment["world_size"]) == ("cpu", 4)
@@ -40,13 +41,23 @@ def test_git_state_follows_the_tracked_files(tmp_path: Path) -> None:
     git(tmp_path, "add", ".")
     git(tmp_path, "commit", "-q", "-m", "first")
     head = git(tmp_path, "rev-parse", "HEAD")
-    assert git_state(package) == {"commit": head, "dirty": False}
+    assert git_state(package) == {"commit": head, "dirty": False, "remote": None}
     (package / "untracked").write_text("2")
-    assert git_state(package) == {"commit": head, "dirty": False}
+    assert git_state(package) == {"commit": head, "dirty": False, "remote": None}
     (package / "a.py").write_text("2")
-    assert git_state(package) == {"commit": head, "dirty": True}
+    assert git_state(package) == {"commit": head, "dirty": True, "remote": None}
 
 
 def test_without_git_there_is_no_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert git_state(Path(__file__).parent) is None
+
+
+def test_the_remote_is_noted_without_its_token(tmp_path: Path) -> None:
+    git(tmp_path, "init", "-q")
+    (tmp_path / "a.py").write_text("1")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-q", "-m", "first")
+    git(tmp_path, "remote", "add", "origin", "https://MARKER@example.org/a.git")
+    state = git_state(tmp_path)
+    assert state is not None and state["remote"] == "https://example.org/a.git"

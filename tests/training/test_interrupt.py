@@ -3,7 +3,6 @@ import os
 import signal
 
 import pytest
-import torch
 import torch.distributed as dist
 
 from tests.support.runs import curve, tiny, train_here, train_until
@@ -11,8 +10,6 @@ from tests.support.slow import quick_and_slow
 from tide_mega.parallel.groups import World
 from tide_mega.training.interrupt import SIGNALS, Agreement, Interrupt, RunStoppedError, job_interrupt
 from tide_mega.training.trainer import Trainer
-
-CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -52,7 +49,7 @@ def test_later_signals_are_ignored_with_a_log_line(caplog):
 
 def test_the_time_is_up_when_the_clock_says_so():
     now = [99.0]
-    agreement = Agreement(Interrupt(100.0, clock=lambda: now[0]), CPU)
+    agreement = Agreement(Interrupt(100.0, clock=lambda: now[0]))
     assert agreement.reason() is None
     now[0] = 100.0
     assert agreement.reason() == "the job's time is nearly up"
@@ -75,7 +72,7 @@ def test_the_jobs_end_time_is_known_and_said(monkeypatch, caplog):
 def reasons(asked_rank, asked_step, steps):
     """What each step's question is answered, when one rank gets a signal before one step's question."""
     interrupt = Interrupt(catches=False)
-    agreement = Agreement(interrupt, CPU)
+    agreement = Agreement(interrupt)
     answers = []
     for step in range(steps):
         if dist.get_rank() == asked_rank and step == asked_step:

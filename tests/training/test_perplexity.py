@@ -146,6 +146,10 @@ def test_texts_that_cannot_be_measured_are_refused(tiny_data, tmp_path, texts):
         opened(tmp_path / "one")
     with pytest.raises(ConfigError, match=r"data\.perplexity_tokens=-1 is negative"):
         opened(texts / "python.txt", **{"data.perplexity_tokens": -1})
+    with pytest.raises(DataError, match=r"python\.txt is longer than max_document_bytes=1000: "):
+        opened(texts / "python.txt", **{"data.max_document_bytes": 1000})
+    with pytest.raises(ConfigError, match=r"data\.max_document_bytes=0 "):
+        opened(texts / "python.txt", **{"data.max_document_bytes": 0})
     assert opened() == []
 
 

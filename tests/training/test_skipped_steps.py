@@ -78,6 +78,9 @@ def watch(config, spoil=None):
         before = snapshot(trainer)
         verdict = update(engine, result, *args, **values)
         after = snapshot(trainer)
+        if trainer.stage.owned is not None:
+            # Right after an update and a skip alike: what is left would be added to the next step's.
+            assert not trainer.stage.owned.gradient_WKD.any()
         changed = [name for name in after if name not in before or not torch.equal(before[name], after[name])]
         seen.append((verdict.reason, changed, all(tensor.isfinite().all() for tensor in after.values())))
         return verdict
@@ -85,8 +88,6 @@ def watch(config, spoil=None):
     trainer.guard.update = observed
     try:
         trainer.run()
-        if trainer.stage.owned is not None:
-            assert not trainer.stage.owned.gradient_WKD.any()
         return seen
     finally:
         trainer.close()

@@ -1,6 +1,6 @@
 import json
 
-from tide_mega.training.slurm_job import SlurmJob
+from tide_mega.jobs.slurm_job import SlurmJob
 from tide_mega.training.starts import add_start, keep_config, read_starts
 
 ENVIRONMENT = {"world_size": 8, "git": {"commit": "abc", "dirty": False}, "python": "3.11"}

@@ -28,6 +28,8 @@ def summary(**changes):
         "tokens": 1_250_000,
         "last_train": TRAIN,
         "last_eval": EVAL,
+        "skipped_windows": 0,
+        "skipped_shards": 0,
         "error": None,
         **changes,
     }
@@ -40,6 +42,12 @@ def test_the_last_lines_say_what_was_reached_and_where_the_time_went():
         "goodput 85.0% of 1m40s; the rest: startup 10.0%, evaluation 5.0%",
         "0 restarts, 2 skipped steps, 1 loss spikes, 1 rollbacks",
     ]
+
+
+def test_the_last_line_says_what_was_left_out():
+    assert lines(summary(skipped_windows=1234, skipped_shards=2))[-1].endswith(
+        "1 rollbacks, 1,234 unreadable windows of 2 shards left out"
+    )
 
 
 def test_the_file_is_json_that_adds_up(tmp_path):

@@ -3,8 +3,11 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from tide_mega.config.hydra_door import compose
+from tide_mega.parallel.device import Device
 from tide_mega.training.goodput import Ledger
 from tide_mega.training.peak import describe_peak, measured_cpu_tflops, peak_tflops
+from tide_mega.training.setup import device_peak
 from tide_mega.training.throughput import Throughput
 
 
@@ -17,16 +20,16 @@ class Clock:
 
 
 def meter(clock: Callable[[], float], peak: float | None = 2e-9, **values: int) -> Throughput:
-    options = {"tokens_per_step": 50, "devices": 2, "total_steps": 20, **values}
+    options = {"devices": 2, "total_steps": 20, **values}
     return Throughput(flops_per_token=10.0, peak_tflops=peak, clock=clock, **options)  # type: ignore[arg-type]
 
 
 def test_speed_mfu_and_eta_of_a_window() -> None:
     clock = Clock()
     throughput = meter(clock)
-    throughput.start(step=4)
+    throughput.start(4, 200)
     clock.now += 8
-    reading = throughput.read(step=8)
+    reading = throughput.read(8, 400)
     assert reading.tokens_per_second == 25.0
     # 12.5 tokens/s a device at 10 FLOPs each, of 2000 FLOP/s.
     assert reading.mfu == pytest.approx(125 / 2000)
@@ -39,7 +42,7 @@ def test_evaluation_and_checkpoints_do_not_count_by_the_ledgers_clock() -> None:
     ledger = Ledger(clock=clock, born=clock.now)
     throughput = meter(ledger.training_seconds)
     ledger.enter("compute")
-    throughput.start(0)
+    throughput.start(0, 0)
     clock.now += 1
     with ledger.spend("evaluation"):
         clock.now += 1000
@@ -48,38 +51,46 @@ def test_evaluation_and_checkpoints_do_not_count_by_the_ledgers_clock() -> None:
     with pytest.raises(RuntimeError), ledger.spend("checkpoint"):
         clock.now += 1000
         raise RuntimeError
-    assert throughput.read(2).step_seconds == 1.0
+    assert throughput.read(2, 100).step_seconds == 1.0
     clock.now += 3
-    assert throughput.read(3).step_seconds == 3.0
+    assert throughput.read(3, 150).step_seconds == 3.0
 
 
 def test_eta_follows_the_last_windows_only() -> None:
     clock = Clock()
     throughput = meter(clock, eta_windows=2, total_steps=100)
-    throughput.start(0)
+    throughput.start(0, 0)
     for step, seconds in ((10, 1000.0), (20, 10.0), (30, 30.0)):
         clock.now += seconds
-        reading = throughput.read(step)
+        reading = throughput.read(step, 50 * step)
     assert reading.eta_seconds == 70 * 2.0
     clock.now += 1
-    assert throughput.read(101).eta_seconds == 0.0
+    assert throughput.read(101, 5050).eta_seconds == 0.0
+
+
+def test_speed_counts_the_tokens_that_were_read_whatever_the_batch() -> None:
+    clock = Clock()
+    throughput = meter(clock)
+    throughput.start(0, 0)
+    clock.now += 2
+    assert throughput.read(2, 60).tokens_per_second == 30.0
 
 
 def test_without_a_peak_there_is_no_mfu() -> None:
     clock = Clock()
     throughput = meter(clock, peak=None)
-    throughput.start(0)
+    throughput.start(0, 0)
     clock.now += 1
-    assert throughput.read(1).mfu is None
+    assert throughput.read(1, 50).mfu is None
 
 
 def test_misuse_is_named() -> None:
     throughput = meter(Clock())
     with pytest.raises(ValueError, match="not started"):
-        throughput.read(1)
-    throughput.start(3)
+        throughput.read(1, 50)
+    throughput.start(3, 0)
     with pytest.raises(ValueError, match="no step since the last reading: 3 steps then, 3 now"):
-        throughput.read(3)
+        throughput.read(3, 0)
 
 
 @pytest.mark.parametrize(
@@ -88,10 +99,14 @@ def test_misuse_is_named() -> None:
         ("NVIDIA A100-SXM4-80GB", 312.0),
         ("NVIDIA H100 80GB HBM3", 989.0),
         ("NVIDIA H100 PCIe", 756.0),
+        ("NVIDIA H100 NVL", 835.0),
         ("NVIDIA H200", 989.0),
+        ("NVIDIA H200 NVL", 835.0),
         ("NVIDIA GH200 480GB", 989.0),
         ("NVIDIA B200", 2250.0),
         ("NVIDIA GB200", 2500.0),
+        ("NVIDIA B300 SXM6 AC", 2250.0),
+        ("NVIDIA GB300", 2500.0),
         ("NVIDIA GeForce GTX 1080", None),
     ],
 )
@@ -100,6 +115,22 @@ def test_peaks_of_known_devices(name: str, bf16: float | None) -> None:
     fp32 = peak_tflops(name, "fp32")
     assert (fp32 is None) == (bf16 is None)
     assert bf16 is None or fp32 is None or fp32 < bf16 / 8
+
+
+@pytest.mark.parametrize("profile", ["h100", "h200", "b200", "gb200", "b300", "gb300"])
+@pytest.mark.parametrize(
+    ("name", "precision", "tflops"),
+    [("NVIDIA H100 PCIe", "bf16", 756.0), ("NVIDIA H100 NVL", "bf16", 835.0), ("NVIDIA GB200", "fp32", 80.0)],
+)
+def test_no_profile_stands_above_what_the_device_is(
+    profile: str, name: str, precision: str, tflops: float
+) -> None:
+    config = compose([f"cluster={profile}", f"trainer.precision={precision}"])
+    device = Device(torch.device("cuda", 0), "nccl", name)
+    assert device_peak(config, device, is_quiet=True) == tflops
+    own = compose([f"cluster={profile}", "cluster.peak_tflops=123"])
+    assert device_peak(own, device, is_quiet=True) == 123.0
+    assert config.cluster.memory_gb
 
 
 def test_peak_of_an_unknown_precision_is_refused() -> None:

@@ -4,6 +4,7 @@ import json
 import math
 
 import pytest
+import torch.distributed as dist
 
 from tests.support.runs import curve, tiny, train_here, train_until
 from tide_mega.config.errors import ConfigError
@@ -28,6 +29,19 @@ def finished(pools, tiny_data, tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
     assert train_in(pools, tiny(tiny_data, root)) == [6]
     return root / "tiny"
+
+
+def groups_after(config):
+    train_here(config)
+    return len(dist.distributed_c10d._world.pg_map)
+
+
+def test_a_training_leaves_no_group_behind(pools, tiny_data, tmp_path):
+    counts = [
+        pools(1).run(groups_after, tiny(tiny_data, tmp_path, f"run.name=r{n}", "trainer.max_steps=3"))
+        for n in range(2)
+    ]
+    assert counts[0] == counts[1]
 
 
 def test_a_run_logs_every_metric(finished):

@@ -40,7 +40,9 @@ def train_poisoned(config, place, bad_rank, bad_step):
         if trainer.state.step == bad_step:
             before.update(weights(trainer))
             if place == "table" and world.rank == bad_rank:
-                trainer.stage.owned.gradient_WKD[0, 0, 0] = float("inf")
+                gradient_WKD = trainer.stage.owned.gradient_WKD
+                row = int(gradient_WKD.abs().sum((1, 2)).argmax())  # one that the step has read
+                gradient_WKD[row, 0, 0] = float("inf")
         return update(*arguments, **values)
 
     trainer.guard.update = spoilt
@@ -102,10 +104,10 @@ def train_monotone(config, first_monotone):
     next_step = trainer.batches.next_step
     offset = trainer.groups.data_rank * trainer.accumulation
 
-    def replaced():
+    def replaced(sequences):
         return [
             batch if offset + i < first_monotone else TokenBatch(*(torch.full_like(x, TYPE) for x in batch))
-            for i, batch in enumerate(next_step())
+            for i, batch in enumerate(next_step(sequences))
         ]
 
     trainer.batches.next_step = replaced

@@ -1,7 +1,9 @@
 import json
 import math
+import re
 import socket
 import struct
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -153,6 +155,16 @@ def test_rows_are_numbered_on_over_all_starts(tmp_path: Path) -> None:
     assert sorted(row["_step"] for row in read_offline_run(tmp_path)[0]) == [0, *range(6)]
 
 
+def test_the_count_of_rows_is_written_through_no_link(tmp_path: Path) -> None:
+    (tmp_path / "theirs").write_text("kept")
+    for name in ("wandb_rows", "wandb_rows.tmp"):
+        (tmp_path / name).symlink_to(tmp_path / "theirs")
+    logger = open_logger(tmp_path, None, mode="disabled")
+    assert [logger._rows.next() for _ in range(2)] == [0, 1]
+    assert (tmp_path / "theirs").read_text() == "kept"
+    assert (tmp_path / "wandb_rows").read_text() == "2\n" and not (tmp_path / "wandb_rows").is_symlink()
+
+
 def test_two_runs_of_one_process_stay_apart(tmp_path: Path) -> None:
     first, second = open_logger(tmp_path / "a", None), open_logger(tmp_path / "b", None)
     second.log_train(replace(TRAIN, loss=2.0))
@@ -179,6 +191,8 @@ def test_names_of_the_charts() -> None:
         "faults/skipped_steps": 3,
         "faults/spikes": 1,
         "faults/rollbacks": 0,
+        "faults/skipped_windows": 0,
+        "faults/skipped_shards": 0,
         "traffic/row_gradients_sent": 12,
         "traffic/row_gradients_received": 34,
         "null_weight/layer_00": 0.2,
@@ -294,3 +308,23 @@ def test_a_run_that_cannot_start_does_not_stop_training(
     logger.log_train(TRAIN)
     logger.close()
     assert logger.run_id == "abc123"
+
+
+@pytest.mark.parametrize("with_machine", [False, True])
+def test_records_have_no_token_and_the_machine_by_choice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_machine: bool
+) -> None:
+    state = {"commit": "0" * 40, "dirty": False, "remote": "https://example.org/a.git"}
+    monkeypatch.setattr(wandb_logger, "git_state", lambda folder: state)
+    monkeypatch.setenv("WANDB_GIT_REMOTE_URL", "https://MARKER@example.org/a.git")
+    config = LoggingConfig(wandb="offline", wandb_project="tide_test", wandb_machine=with_machine)
+    run_config = {"checkpoint": {"remote": "https://MARKER@example.org/a", "also": ["s3://a?token=MARKER"]}}
+    logger = WandbLogger(config, tmp_path, name="a_run", run_config=run_config, run_id=None)
+    logger.log_train(TRAIN)
+    logger.close()
+    wandb.teardown()  # its service may still be writing
+    written = b"".join(path.read_bytes() for path in tmp_path.rglob("*.wandb"))
+    assert b"https://example.org/a" in written and b"MARKER" not in written
+    assert (sys.executable.encode() in written) == with_machine
+    if not with_machine:
+        assert not re.search(rb"\b" + re.escape(socket.gethostname().encode()) + rb"\b", written)

@@ -137,14 +137,7 @@ def _deferred(inputs: MixInputs, version: str, watch: Stopwatch) -> MixResults:
     ]
     watch.mark("forward")
     leaves = [*inputs.logits_NJ, *inputs.residual_ND, *inputs.ffn_ND]
-    if version == "naive":
-        # It reaches the sink through a leaf of its own, which `grad` towards other leaves would leave out.
-        for leaf in leaves:
-            leaf.grad = None
-        torch.autograd.backward(out_ND, inputs.grad_ND)
-        gradients = tuple(leaf.grad for leaf in leaves if leaf.grad is not None)
-    else:
-        gradients = torch.autograd.grad(out_ND, leaves, inputs.grad_ND)
+    gradients = torch.autograd.grad(out_ND, leaves, inputs.grad_ND)
     watch.mark("backward")
     grad_rows_UKD = sink.total()
     watch.mark("row gradient")

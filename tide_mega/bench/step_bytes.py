@@ -27,16 +27,26 @@ class StepShape:
     """Bytes of a weight and of a hidden state's value: 2 in bf16, 4 in fp32."""
     router_in_norm: bool
     """Whether the router shares the passes of the norm before it, as the GPU kernels do."""
+    owned: bool
+    """Whether each row has one owner, as in the presets: `memory.owners=tensor_data`."""
 
     @staticmethod
     def expected(
         model: ModelConfig, blocks: int, tokens: int, accumulation: int, element: int = 2
     ) -> "StepShape":
-        """Take the numbers of types from those measured on text, and the GPU kernels."""
+        """Take the numbers of types from those measured on text, the GPU kernels and the presets' owners."""
         micro_types = expected_types(tokens, model.vocab_size)
         step_types = expected_types(tokens * accumulation, model.vocab_size)
         return StepShape(
-            model, blocks, tokens, accumulation, micro_types, step_types, element, router_in_norm=True
+            model,
+            blocks,
+            tokens,
+            accumulation,
+            micro_types,
+            step_types,
+            element,
+            router_in_norm=True,
+            owned=True,
         )
 
 
@@ -63,8 +73,9 @@ def memory_bytes(shape: StepShape) -> dict[str, int]:
     - tables' AdamW: gradient read for the norm and for the update, 2 e; fp32 master weight and two moments read
       and written, 24; in bf16 the weight written, 2: a parameter, all on this device
 
-    With `memory.owners=tensor_data` gradient and weights are fp32 and there is no copy: 32 a parameter instead of
-    30, not told apart here.
+    With one owner a row only the step's rows are touched outside AdamW itself: received and added to the fp32 sum,
+    S K D (e + 8); read for the norm, scaled and cleared, 16 S K D. AdamW reads the whole fp32 gradient once and
+    there is no copy of the weights: 28 a parameter.
     """
     model, e = shape.model, shape.element
     if shape.blocks == 0:
@@ -81,14 +92,18 @@ def memory_bytes(shape: StepShape) -> dict[str, int]:
         "mix backward": e * (hidden + rows) + banks * (4 + e) + 4 * shape.tokens,
         "router backward": e * (hidden + 2 * apart + 2 * banks),
     }
+    if shape.owned:
+        tables_gradient, optimizer = (e + 8) * board, 28 * table + 16 * board
+    else:
+        tables_gradient, optimizer = e * table, (2 * e + 24 + (2 if e == 2 else 0)) * table
     return {
         "row plan": shape.accumulation * 24 * shape.tokens,
         "gather and norm": 4 * e * board,
         **{name: shape.accumulation * layers * count for name, count in once_a_layer.items()},
         "row gradient": shape.accumulation * (layers * (e * hidden + 4 * banks) + 8 * rows),
         "norm backward": (4 + 2 * e) * board,
-        "tables' gradient": e * table,
-        OPTIMIZER: (2 * e + 24 + (2 if e == 2 else 0)) * table,
+        "tables' gradient": tables_gradient,
+        OPTIMIZER: optimizer,
     }
 
 

@@ -7,6 +7,9 @@ from tide_mega.config.errors import refuse
 from tide_mega.config.hydra_door import compose
 from tide_mega.config.schema import TideConfig
 
+PRESETS = (2, 4, 8, 16, 24)
+"""K of conf/memory."""
+
 
 @dataclass
 class StepChoice:
@@ -69,8 +72,15 @@ class StepChoice:
             ConfigError: an option or override is wrong.
         """
         length = self.seq_length or (256 if model == "demo" else 2048)
-        words = [f"model={model}", f"memory.num_blocks={blocks}", f"trainer.precision={precision}"]
+        words = [f"model={model}", *memory_words(blocks), f"trainer.precision={precision}"]
         words += [f"data.seq_length={length}", f"trainer.micro_batch_size={self.micro_batch}"]
         words += [f"trainer.global_batch_size={self.micro_batch * self.accumulation}"]
         words += [] if self.layers is None else [f"model.num_layers={self.layers}"]
         return compose([*words, *self.overrides], world_size=1)
+
+
+def memory_words(blocks: int) -> list[str]:
+    """Return what a user's command line says for K blocks: its preset, or of a K without one the nearest."""
+    if blocks == 0:
+        return ["memory=none"]
+    return [f"memory=k{min(PRESETS, key=lambda preset: abs(preset - blocks))}", f"memory.num_blocks={blocks}"]

@@ -85,6 +85,7 @@ def _line(
         plan_rows(tokens).ids_U.numel(),
         2 if config.trainer.precision == "bf16" else 4,
         case.router_in_norm,
+        case.stage.owned is not None,
     )
     flops = count * flops_per_token(config.model, config.memory, config.data.seq_length)
     return {

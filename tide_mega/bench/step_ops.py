@@ -17,7 +17,8 @@ from tide_mega.bench.timing import Stopwatch, take_turns
 from tide_mega.kernels.norm_router import naive, norm_and_route
 from tide_mega.kernels.row_gradient import RowGradient
 from tide_mega.kernels.token_order import TokenOrder
-from tide_mega.memory.plan import plan_rows
+from tide_mega.memory.plan import MemoryPlan
+from tide_mega.model.passes import plan_for
 
 TIMED_LAYERS = 4
 """Layers timed at most, the others being alike: enough for their tensors not to stay in a cache."""
@@ -32,20 +33,19 @@ def time_ops(case: StepCase, repeats: int) -> dict[str, float]:
     device, microbatches = case.device.torch_device, len(case.batches)
     layers = case.config.model.num_layers
     timed = min(layers, TIMED_LAYERS)
-    tokens = [batch.tokens_BT for batch in case.batches]
-    plan = plan_rows(tokens)
+    plan = plan_for(case.stage, case.batches)
     index_N = plan.index_MBT[0].transpose(0, 1).flatten()
-    rows_UKD = _read(case, plan.ids_U).detach()
+    rows_UKD = _read(case, plan).detach()
     inputs = _inputs(case, rows_UKD, index_N, timed)
     version = case.stage.board.kernels.mix
     actions: dict[str, Callable[[Stopwatch], None]] = {
-        "plan": partial(_plan, tokens),
+        "plan": partial(_plan, case),
         "router": partial(_router, inputs, case),
         "norm": partial(_norm, inputs, case),
         "mix": partial(_mix, inputs, version),
         "residual sum": partial(_residual_sum, inputs),
         "row gradient": partial(_row_gradient, inputs, version, layers),
-        "rows": partial(_rows, case, plan.ids_U, torch.randn_like(rows_UKD)),
+        "rows": partial(_rows, case, plan, torch.randn_like(rows_UKD)),
     }
     turns = take_turns(actions, repeats, device, warmup=2, host_ahead=True)
     found = {name: {region: median(values) for region, values in t.items()} for name, t in turns.items()}
@@ -65,10 +65,10 @@ def time_ops(case: StepCase, repeats: int) -> dict[str, float]:
     }
 
 
-def _read(case: StepCase, ids_U: Tensor) -> Tensor:
+def _read(case: StepCase, plan: MemoryPlan) -> Tensor:
     memory, owned = case.stage.memory, case.stage.owned
     assert memory is not None
-    return memory(ids_U, None if owned is None else owned.rows_of(owned.fetch(ids_U)))
+    return memory(plan.ids_U, None if owned is None else owned.rows_of(owned.fetch(plan)))
 
 
 def _inputs(case: StepCase, rows_UKD: Tensor, index_N: Tensor, layers: int) -> MixInputs:
@@ -90,8 +90,8 @@ def _inputs(case: StepCase, rows_UKD: Tensor, index_N: Tensor, layers: int) -> M
     )
 
 
-def _plan(tokens: list[Tensor], watch: Stopwatch) -> None:
-    plan_rows(tokens)
+def _plan(case: StepCase, watch: Stopwatch) -> None:
+    plan_for(case.stage, case.batches)
     watch.mark("plan")
 
 
@@ -149,18 +149,18 @@ def _row_gradient(inputs: MixInputs, version: str, layers: int, watch: Stopwatch
     watch.mark("row gradient")
 
 
-def _rows(case: StepCase, ids_U: Tensor, gradient_UKD: Tensor, watch: Stopwatch) -> None:
+def _rows(case: StepCase, plan: MemoryPlan, gradient_UKD: Tensor, watch: Stopwatch) -> None:
     memory, owned = case.stage.memory, case.stage.owned
     assert memory is not None
     if owned is None:
-        memory_UKD = memory(ids_U, None)
+        memory_UKD = memory(plan.ids_U, None)
         watch.mark("forward")
         torch.autograd.grad(memory_UKD, list(memory.parameters()), gradient_UKD)
         watch.mark("backward")
         return
-    fetch = owned.fetch(ids_U)
+    fetch = owned.fetch(plan)
     rows_UKD = owned.rows_of(fetch).requires_grad_()
-    memory_UKD = memory(ids_U, rows_UKD)
+    memory_UKD = memory(plan.ids_U, rows_UKD)
     watch.mark("forward")
     grad_UKD, *_ = torch.autograd.grad(memory_UKD, [rows_UKD, *memory.parameters()], gradient_UKD)
     owned.add_gradient(fetch, grad_UKD)

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 from tide_mega.bench.step_measure import compare, measure_together
+from tide_mega.config.device_memory import state_bytes
 from tide_mega.config.schema import TideConfig
-from tide_mega.config.sizes import bytes_per_device
 from tide_mega.parallel.device import Device
 
 STATE_SHARE = 0.8
@@ -16,7 +16,7 @@ STATE_SHARE = 0.8
 
 def fits(configs: list[TideConfig], room: int | None) -> bool:
     """Whether the state of all leaves room for a step of one; always without a limit."""
-    return room is None or sum(bytes_per_device(config, 1) for config in configs) <= STATE_SHARE * room
+    return room is None or sum(state_bytes(config, 1) for config in configs) <= STATE_SHARE * room
 
 
 def plan_rounds(configs: dict[int, TideConfig], room: int | None) -> tuple[list[list[int]], dict[int, str]]:
@@ -36,7 +36,7 @@ def plan_rounds(configs: dict[int, TideConfig], room: int | None) -> tuple[list[
         else:
             assert room is not None
             left_out[blocks] = (
-                f"its weights, gradients and optimizer state need {bytes_per_device(config, 1) / 1e9:.0f} GB of "
+                f"its weights, gradients and optimizer state need {state_bytes(config, 1) / 1e9:.0f} GB of "
                 f"the {STATE_SHARE * room / 1e9:.0f} GB there are for them"
             )
     return rounds, left_out

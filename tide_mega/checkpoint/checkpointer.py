@@ -4,9 +4,9 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,8 +17,8 @@ from tide_mega.checkpoint.errors import CheckpointError
 from tide_mega.checkpoint.folder import CheckpointFolder
 from tide_mega.checkpoint.job import Destinations, Keep, Written, save
 from tide_mega.checkpoint.planners import read
-from tide_mega.checkpoint.search import newest_valid
-from tide_mega.checkpoint.state import Identity, SavedState, TrainingState
+from tide_mega.checkpoint.search import newest_valid, verify
+from tide_mega.checkpoint.state import Identity, SavedState, TrainingState, check_model
 from tide_mega.checkpoint.together import from_first, is_first, on_all
 from tide_mega.config.schema import CheckpointConfig, ModelConfig
 from tide_mega.parallel.engine import Engine
@@ -70,13 +70,21 @@ class Checkpointer:
         self._group, self._writers = make_host_group(), make_host_group()
         self.contents = Contents(engine, model, self._writers)
         self._pending: Pending | None = None
+        self._on_written: Callable[[int], object] = lambda step: None
         self.stall_seconds = 0.0
         """How long the newest `save` held up training."""
         self.last_written: Written | None = None
         """The newest save that is known to be committed."""
 
-    def save(self, state: TrainingState) -> None:
+    def tell(self, on_written: Callable[[int], object], in_use: Callable[[], Collection[int]]) -> None:
+        """Tell `on_written` the step of each save once it is committed, and keep the steps `in_use` meanwhile."""
+        self._on_written = on_written
+        self.to = replace(self.to, in_use=in_use)
+
+    def save(self, state: TrainingState, *, disk_is_full: bool = False) -> None:
         """Save; with `checkpoint.asynchronous` training goes on while a thread writes. One save at a time.
+
+        With `disk_is_full`, a fault brought about on purpose, this rank's writing fails as on a full disk.
 
         Raises:
             CheckpointError: this save, or the one before, failed, and `checkpoint.on_error` is stop.
@@ -89,7 +97,7 @@ class Checkpointer:
         def work() -> Written:
             save_id = from_first(self._writers, lambda: secrets.token_hex(8))
             saved = SavedState(save_id, progress, snapshot.updates, self.identity)
-            return save(snapshot, saved, self.to, self._writers)
+            return save(snapshot, saved, self.to, self._writers, disk_is_full=disk_is_full)
 
         if self.config.asynchronous:
             pending.thread = threading.Thread(
@@ -161,11 +169,38 @@ class Checkpointer:
         self.identity.check(saved.identity, path)
         if is_first(self._group):
             self._put_away(list(search.skipped))
+        self._load(path, saved, "resumed from")
+        return saved.progress
+
+    def adopt(self, folder: Path, step: int | None) -> tuple[Path, SavedState]:
+        """Take weights, moments and tables of another run's checkpoint: of a step, or the newest whole one.
+
+        Returns:
+            Its folder, and what it says of itself.
+
+        Raises:
+            CheckpointError: it is damaged or not there.
+            ConfigError: it is of another model.
+        """
+        other = CheckpointFolder(folder)
+        path = None if step is None else other.final(step)
+        if path is None:
+            path = newest_valid([other], self._group).found
+            if path is None:
+                raise CheckpointError(f"{folder} holds no checkpoint")
+        elif problems := verify(path, self._group):
+            raise CheckpointError(f"{path} cannot be branched from: {'; '.join(problems)}")
+        at = path
+        saved = on_all(self._group, lambda: SavedState.read(at))
+        check_model(self.identity.model, saved.identity.model, at, "or branch from another run")
+        self._load(at, saved, "weights and moments of")
+        return at, saved
+
+    def _load(self, path: Path, saved: SavedState, how: str) -> None:
         boxes, slots, ranges = self.contents.wanted()
         read(boxes, path, self._group)
         self.contents.take(slots, ranges, saved.updates)
-        self._describe(path, saved)
-        return saved.progress
+        self._describe(path, saved, how)
 
     def close(self) -> None:
         """Let a save under way finish, for a while, and leave the groups."""
@@ -192,7 +227,8 @@ class Checkpointer:
                 ) from pending.error
             if is_first(self._group):
                 log.error("%s; training goes on, with the checkpoints before it (on_error=continue)", text)
-        elif is_first(self._group) and pending.written is not None:
+            return
+        if is_first(self._group) and pending.written is not None:
             megabytes = pending.written.size / 1e6
             log.info(
                 "saved step %d: %.1f MB in %.2f s (%.0f MB/s, with checksums); training was held up for %.3f s",
@@ -202,6 +238,7 @@ class Checkpointer:
                 megabytes / max(pending.written.seconds, 1e-9),
                 self.stall_seconds,
             )
+        self._on_written(pending.step)
 
     def _folders(self) -> list[CheckpointFolder]:
         return [folder for folder in (self.to.local, self.to.remote) if folder is not None]
@@ -221,11 +258,11 @@ class Checkpointer:
                     "%s is now %s: it is out of the way, and kept for you to look at", path, target.name
                 )
 
-    def _describe(self, path: Path, saved: SavedState) -> None:
+    def _describe(self, path: Path, saved: SavedState, how: str) -> None:
         if not is_first(self._group):
             return
         progress, was, now = saved.progress, saved.identity.topology, self.identity.topology
-        log.info("resumed from %s: %d steps, %d sequences done", path, progress.step, progress.samples)
+        log.info("%s %s: %d steps, %d sequences done", how, path, progress.step, progress.samples)
         if was != now:
             changed = [key for key in now if was.get(key) != now[key]]
             before, after = (", ".join(f"{key} {side.get(key)}" for key in changed) for side in (was, now))

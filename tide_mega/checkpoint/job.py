@@ -3,12 +3,14 @@
 import logging
 import shutil
 import time
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from torch.distributed import ProcessGroup
 
+from tide_mega.checkpoint import owner
 from tide_mega.checkpoint.errors import CheckpointError
 from tide_mega.checkpoint.folder import CheckpointFolder
 from tide_mega.checkpoint.manifest import MANIFEST_FILE, STATE_FILE, FileRecord, Manifest
@@ -38,6 +40,8 @@ class Destinations:
     keep: Keep
     remote: CheckpointFolder | None
     remote_keep: Keep
+    in_use: Callable[[], Collection[int]] = tuple
+    """Steps whose local checkpoints somebody is reading: they stay for the time being."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +63,17 @@ class Savable(Protocol):
         """Return this process's boxes; collective."""
 
 
-def save(snapshot: Savable, state: SavedState, to: Destinations, group: ProcessGroup | None) -> Written:
+def save(
+    snapshot: Savable,
+    state: SavedState,
+    to: Destinations,
+    group: ProcessGroup | None,
+    *,
+    disk_is_full: bool = False,
+) -> Written:
     """Write, commit, copy to the remote folder, drop old ones; collective over `group`, or by this process alone.
+
+    `disk_is_full` is a fault brought about on purpose: this rank's file cannot be written to its end.
 
     Raises:
         CheckpointError: it failed somewhere, on every rank alike. What was being written is gone, unless the
@@ -74,6 +87,7 @@ def save(snapshot: Savable, state: SavedState, to: Destinations, group: ProcessG
         state.save_id,
         prepare=lambda: to.local.prepare(step),
         commit=lambda files: to.local.commit(step, state.save_id, state.dump(), files),
+        disk_is_full=disk_is_full,
     )
     try:
         write(boxes, writer, group)
@@ -83,7 +97,7 @@ def save(snapshot: Savable, state: SavedState, to: Destinations, group: ProcessG
         raise CheckpointError(f"the checkpoint of step {step} {error}") from error
 
     def conclude() -> Manifest:
-        to.local.retain(to.keep.last, to.keep.every, step)
+        to.local.retain(to.keep.last, to.keep.every, step, to.in_use())
         return Manifest.read(to.local.final(step))
 
     manifest = from_first(group, conclude)
@@ -109,6 +123,10 @@ def _copy(
         if is_first(group):
             remote.prepare(step)
 
+    def look() -> None:
+        if is_first(group):
+            owner.keep(to.local.path.parent, remote.path)
+
     def copy() -> None:
         for name in names[rank::size]:
             _copy_file(source / name, target / name, manifest.files[name])
@@ -119,11 +137,14 @@ def _copy(
             remote.commit(step, manifest.save_id, state, {name: manifest.files[name] for name in names})
             remote.retain(to.remote_keep.last, to.remote_keep.every, step)
 
+    is_ours = False
     try:
+        on_all(group, look)
+        is_ours = True
         for part in (prepare, copy, commit):
             on_all(group, part)
     except CheckpointError as error:
-        if is_first(group):
+        if is_ours and is_first(group):
             remote.discard(step)
         raise CheckpointError(
             f"the checkpoint of step {step} is whole in {source}, but could not be copied to {remote.path} "

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from tide_mega.checkpoint.errors import CheckpointError
+from tide_mega.config.paths import plain_name, regular_file
+from tide_mega.config.stored import read_json
 from tide_mega.data.atomic import sha256_of, to_disk
 
 MANIFEST_FILE = "manifest.json"
@@ -51,11 +53,11 @@ class Manifest:
         """Read a folder's manifest.
 
         Raises:
-            CheckpointError: it is missing, cannot be read, or is of another format.
+            CheckpointError: it is missing, cannot be read, is of another format, or names files elsewhere.
         """
         try:
-            content = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
-            files = {str(name): FileRecord(**record) for name, record in content.pop("files").items()}
+            content = read_json(folder, MANIFEST_FILE)
+            files = {plain_name(name): FileRecord(**record) for name, record in content.pop("files").items()}
             manifest = cls(files=files, **content)
         except FileNotFoundError as error:
             raise CheckpointError(f"{MANIFEST_FILE} is missing") from error
@@ -66,17 +68,30 @@ class Manifest:
         return manifest
 
     def problems_outside(self, folder: Path) -> list[str]:
-        """Return what names and sizes tell: files missing, too many, or of another size or save."""
+        """Return what names and sizes tell: files missing, links in their place, or of another size or save.
+
+        What else lies there is no damage (`foreign`).
+        """
         problems = []
-        present = {path.name for path in folder.iterdir()} - {MANIFEST_FILE}
-        problems += [f"{name} is missing" for name in sorted(self.files.keys() - present)]
-        problems += [f"{name} does not belong to it" for name in sorted(present - self.files.keys())]
-        for name, record in self.files.items():
-            if name in present and (size := (folder / name).stat().st_size) != record.size:
-                problems.append(f"{name} has {size} bytes instead of {record.size}")
-        if not problems and (said := _said_by(folder / STATE_FILE)) != (self.step, self.save_id):
+        for name, record in sorted(self.files.items()):
+            try:
+                size = regular_file(folder, name).stat().st_size
+            except FileNotFoundError:
+                problems.append(f"{name} is missing")
+            except OSError as error:
+                problems.append(f"{name} cannot be read ({error})")
+            except ValueError as error:
+                problems.append(str(error))
+            else:
+                if size != record.size:
+                    problems.append(f"{name} has {size} bytes instead of {record.size}")
+        if not problems and (said := _said_by(folder)) != (self.step, self.save_id):
             problems.append(f"{STATE_FILE} is of another save than {MANIFEST_FILE}: {said}")
         return problems
+
+    def foreign(self, folder: Path) -> list[str]:
+        """Return the names of what lies in the folder and is no part of the checkpoint, such as `.nfs…`."""
+        return sorted({path.name for path in folder.iterdir()} - self.files.keys() - {MANIFEST_FILE})
 
     def problems_inside(self, folder: Path, names: list[str]) -> list[str]:
         """Return which of these files do not have their checksum; reads them whole."""
@@ -90,9 +105,9 @@ class Manifest:
         return problems
 
 
-def _said_by(state: Path) -> tuple[Any, Any]:
+def _said_by(folder: Path) -> tuple[Any, Any]:
     try:
-        content = json.loads(state.read_text(encoding="utf-8"))
+        content = read_json(folder, STATE_FILE)
         return content["progress"]["step"], content["save_id"]
     except (OSError, ValueError, TypeError, KeyError):
         return None, None

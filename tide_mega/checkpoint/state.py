@@ -11,6 +11,7 @@ from tide_mega.checkpoint.errors import CheckpointError
 from tide_mega.checkpoint.manifest import FORMAT, STATE_FILE
 from tide_mega.config.errors import ConfigError
 from tide_mega.config.schema import TideConfig
+from tide_mega.config.stored import read_json
 from tide_mega.config.versions import package_versions
 
 _SHAPES = (
@@ -33,7 +34,7 @@ class TrainingState:
     step: int = 0
     """Optimizer steps done."""
     samples: int = 0
-    """Training sequences consumed over all ranks: the whole state of the loader."""
+    """Sequences of the data's order consumed over all ranks: the whole state of the loader."""
     loss_sum: float = 0.0
     """Sums since the last log line, so that the next line is the uninterrupted run's."""
     z_loss_sum: float = 0.0
@@ -41,6 +42,36 @@ class TrainingState:
     wandb_run_id: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)
     """What other parts of the run keep, JSON by name."""
+    tokens: int = 0
+    """Training tokens of the `step` steps, over all ranks; a rollback takes both back."""
+    consumed_tokens: int = 0
+    """Training tokens read so far, those of steps that a rollback undid included; a branch counts its parent's."""
+    batches: int = 0
+    """The same in batches, one a step."""
+    is_milestone: bool = False
+    """Whether this checkpoint stays for ever (`checkpoint.keep_every`)."""
+
+    def take(self, sequences: int, seq_length: int) -> None:
+        """Count a step on so many sequences of `seq_length` tokens."""
+        tokens = sequences * seq_length
+        self.step += 1
+        self.samples += sequences
+        self.tokens += tokens
+        self.consumed_tokens += tokens
+        self.batches += 1
+
+    def go_back_to(self, saved: "TrainingState") -> None:
+        """Stand where `saved` stood, but before the data that comes next here."""
+        read = (self.samples, self.consumed_tokens, self.batches)
+        vars(self).update(vars(saved))
+        self.samples, self.consumed_tokens, self.batches = read
+
+    def count_tokens(self, seq_length: int) -> "TrainingState":
+        """Fill in what checkpoints of a first version did not count: they had one batch size, and one dataset."""
+        if self.step and not self.tokens:
+            self.tokens = self.consumed_tokens = self.samples * seq_length
+            self.batches = self.step
+        return self
 
 
 @dataclass(frozen=True)
@@ -59,7 +90,6 @@ class Identity:
     @classmethod
     def of(cls, config: TideConfig, data: str, bin_of_type: bytes, world_size: int) -> "Identity":
         """Describe a run."""
-        model = {key: getattr(config.model, key) for key in _SHAPES}
         parallel = config.parallel
         topology = {
             "processes": world_size,
@@ -73,7 +103,7 @@ class Identity:
             else world_size // parallel.pipeline,
         }
         return cls(
-            model={**model, "memory.num_blocks": config.memory.num_blocks},
+            model=model_sizes(config),
             data=data,
             deciles=deciles_checksum(bin_of_type),
             topology=topology,
@@ -86,26 +116,39 @@ class Identity:
         Raises:
             ConfigError: it has another model, or was trained on other data.
         """
-        names = sorted(self.model.keys() | saved.model.keys())
-        other = [
-            f"{name}={saved.model.get(name)} (now {self.model.get(name)})"
-            for name in names
-            if saved.model.get(name) != self.model.get(name)
-        ]
-        if other:
-            raise ConfigError(
-                f"{path} holds another model, with {', '.join(other)}: give these the values they had, or choose "
-                "another run.name."
-            )
+        check_model(self.model, saved.model, path, "or choose another run.name")
         for what, was, now in (
             ("on other data", saved.data, self.data),
             ("with other frequency deciles", saved.deciles, self.deciles),
         ):
             if was != now:
                 raise ConfigError(
-                    f"{path} was saved while training {what} than data.path holds now: bring the data (and the "
-                    "shards that were skipped) back to what it was, or choose another run.name."
+                    f"{path} was saved while training {what} than data.path holds now: bring the data back to "
+                    "what it was, or choose another run.name."
                 )
+
+
+def model_sizes(config: TideConfig) -> dict[str, Any]:
+    """Return the sizes that the tensors of a model depend on, K among them."""
+    sizes = {key: getattr(config.model, key) for key in _SHAPES}
+    return {**sizes, "memory.num_blocks": config.memory.num_blocks}
+
+
+def check_model(now: dict[str, Any], saved: dict[str, Any], path: Path, otherwise: str) -> None:
+    """Refuse the tensors of another model in a checkpoint; `otherwise` is what else there is to do.
+
+    Raises:
+        ConfigError: a size differs.
+    """
+    other = [
+        f"{name}={saved.get(name)} (now {now.get(name)})"
+        for name in sorted(now.keys() | saved.keys())
+        if saved.get(name) != now.get(name)
+    ]
+    if other:
+        raise ConfigError(
+            f"{path} holds another model, with {', '.join(other)}: give these the values they had, {otherwise}."
+        )
 
 
 def deciles_checksum(bin_of_type: bytes) -> str:
@@ -136,7 +179,7 @@ class SavedState:
             CheckpointError: it is not one of this version.
         """
         try:
-            content = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+            content = read_json(folder, STATE_FILE)
             progress = TrainingState(**content.pop("progress"))
             identity = Identity(**content.pop("identity"))
             return cls(progress=progress, identity=identity, **content)

@@ -6,6 +6,7 @@ and end within rows and are several. The index is JSON: nothing on disk is ever 
 """
 
 import dataclasses
+import errno
 import json
 import os
 from collections.abc import Callable
@@ -28,6 +29,8 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from tide_mega.checkpoint.manifest import FileRecord
+from tide_mega.config.paths import regular_file
+from tide_mega.config.stored import read_json
 from tide_mega.data.atomic import to_disk
 
 INDEX_FILE = "tensors.json"
@@ -39,9 +42,21 @@ Commit = Callable[[dict[str, FileRecord]], None]
 class BoxWriter(StorageWriter):
     """Writes one file a rank into a folder, then the index, then calls `commit`."""
 
-    def __init__(self, folder: Path, save_id: str, prepare: Callable[[], None], commit: Commit) -> None:
-        """Write to `folder`, which `prepare` makes, on the coordinating rank, before anything is written."""
+    def __init__(
+        self,
+        folder: Path,
+        save_id: str,
+        prepare: Callable[[], None],
+        commit: Commit,
+        *,
+        disk_is_full: bool = False,
+    ) -> None:
+        """Write to `folder`, which `prepare` makes, on the coordinating rank, before anything is written.
+
+        With `disk_is_full` this rank's file ends after its first bytes, with the error of a full disk.
+        """
         self.folder, self.save_id, self.prepare, self.commit = folder, save_id, prepare, commit
+        self.disk_is_full = disk_is_full
 
     def reset(self, checkpoint_id: str | os.PathLike | None = None) -> None:
         """Part of the interface; a writer serves one save."""
@@ -66,8 +81,11 @@ class BoxWriter(StorageWriter):
         """Write this rank's boxes, see them to disk, and checksum them."""
         done: Future[list[WriteResult]] = Future()
         results = []
+        path = self.folder / plan.storage_data
+        if self.disk_is_full:
+            path.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         if plan.items:
-            path = self.folder / plan.storage_data
             boxes = {entry_name(item.index): planner.resolve_data(item) for item in plan.items}
             save_file(boxes, path, metadata={"save_id": self.save_id})  # type: ignore[arg-type]
             path.chmod(self.folder.stat().st_mode & 0o666)  # safetensors makes it its owner's alone
@@ -113,7 +131,7 @@ class BoxReader(StorageReader):
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """Read the index."""
-        index = json.loads((self.folder / INDEX_FILE).read_text(encoding="utf-8"))["tensors"]
+        index = read_json(self.folder, INDEX_FILE)["tensors"]
         tensors: dict[str, Any] = {}
         for name, entry in index.items():
             chunks = []
@@ -143,7 +161,7 @@ class BoxReader(StorageReader):
         for item in plan.items:
             by_file.setdefault(self._file_of[item.storage_index], []).append(item)
         for name, items in by_file.items():
-            with safe_open(self.folder / name, framework="pt") as file:
+            with safe_open(regular_file(self.folder, name), framework="pt") as file:
                 for item in items:
                     bounds = zip(item.storage_offsets, item.lengths, strict=True)
                     cut = tuple(slice(first, first + length) for first, length in bounds)

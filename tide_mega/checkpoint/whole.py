@@ -1,21 +1,30 @@
 """A checkpoint's tensors in one process, whatever the topology that saved it."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from tide_mega.checkpoint.errors import CheckpointError
 from tide_mega.checkpoint.planners import Stored, read
 from tide_mega.checkpoint.storage import INDEX_FILE
+from tide_mega.config.stored import read_json
 from tide_mega.model.canonical import Box
 
 
 def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every stored tensor by name, such as `exp_avg/memory.tables`."""
-    index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["tensors"]
-    return {name: tuple(entry["shape"]) for name, entry in sorted(index.items())}
+    """Return the shape of every stored tensor by name, such as `exp_avg/memory.tables`.
+
+    Raises:
+        CheckpointError: the index cannot be read.
+    """
+    path = folder / INDEX_FILE
+    try:
+        index = read_json(folder, INDEX_FILE)["tensors"]
+        return {name: tuple(entry["shape"]) for name, entry in sorted(index.items())}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error})") from error
 
 
 def rows(folder: Path, name: str, shape: tuple[int, ...], first: int, last: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 import inspect
 import textwrap
 import typing
@@ -34,7 +35,19 @@ def _describe(schema: type, prefix: str) -> Iterator[FieldHelp]:
             yield from _describe(hint, f"{prefix}{field.name}.")
             continue
         type_name, doc = notes[field.name]
-        yield FieldHelp(prefix + field.name, type_name, _default(field), doc)
+        yield FieldHelp(prefix + key_of(field.name), type_name, _default(field), doc)
+
+
+def key_of(field_name: str) -> str:
+    """Return the key of a field: one that is a word of Python, such as `from`, has an underscore after it."""
+    return field_name.removesuffix("_")
+
+
+def keyed(value: Any) -> Any:
+    """Return a configuration as nested dictionaries of its keys."""
+    if dataclasses.is_dataclass(value):
+        return {key_of(item.name): keyed(getattr(value, item.name)) for item in dataclasses.fields(value)}
+    return value
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:
@@ -43,6 +56,7 @@ def _default(field: dataclasses.Field[Any]) -> Any:
     return "???" if field.default is dataclasses.MISSING else field.default
 
 
+@functools.cache
 def _annotations_and_docs(schema: type) -> dict[str, tuple[str, str]]:
     notes: dict[str, tuple[str, str]] = {}
     for base in reversed(schema.__mro__):

@@ -16,9 +16,14 @@ Examples
   torchrun --nproc-per-node=8 -m tide_mega.train experiment=tide_8e_1b cluster=h100 data.path=data/dclm-llama3
   python -m tide_mega.train experiment=tide_8e_1b memory=k16 optim.lr=2e-4 --cfg job
   python -m tide_mega.train --multirun experiment=demo_tide memory=none,k2,k4
+  python -m tide_mega.train experiment=demo_tide run.from=runs/demo-k4@275 trainer.max_steps=800 run.name=longer
 
 An experiment chooses options of the groups; options and keys on the command line override it. The run folder
 is run.root/run.name: give runs that differ in other keys than the model and K a run.name each.
+
+A key of type str takes the word as typed (run.name=2024_10_01); quote a comma, or the word 'null'. Flags may stand
+anywhere. A sweep (--multirun) goes on after a point that fails, names such points with their reasons at its end,
+and then exits with status 8; the same command runs them again and finds the others complete.
 """
 _TAIL = """
 Flags: --cfg job prints the composed configuration and stops (--resolve fills in references),

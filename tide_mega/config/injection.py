@@ -11,8 +11,8 @@ KINDS = {
     "slow": "the rank computes `seconds` (1 if not given) longer in this step and all later ones",
     "hang": "the rank never comes back; once in a run folder",
     "kill": "SIGKILL; once in a run folder",
-    "bad_shard": "reading the step's data fails as an unreadable shard does",
-    "disk_full": "writing the next checkpoint fails as a full disk does",
+    "bad_shard": "the run stops as on a shard that cannot be read",
+    "disk_full": "the first checkpoint from this step on fails as on a full disk; once in a run folder",
 }
 """Kind -> what happens."""
 

@@ -2,6 +2,7 @@
 
 import difflib
 import re
+from collections.abc import Iterable
 
 from tide_mega.config.describe import FieldHelp
 from tide_mega.config.errors import ConfigError
@@ -30,7 +31,7 @@ def explain(error: BaseException, entries: list[FieldHelp]) -> str:
     keyed = next((e for e in reversed(chain) if isinstance(getattr(e, "full_key", None), str)), None)
     key = re.sub(r"\[\d+\]$", "", getattr(keyed, "full_key", ""))  # a list's element speaks for the list
     if keyed is None or not key:
-        return _explain_unkeyed(str(error))
+        return _explain_unkeyed(str(error), getattr(error, "override", None))
     first_line = str(keyed).splitlines()[0].strip()
     by_key = {entry.key: entry for entry in entries}
     if first_line.startswith("Key ") and "not in" in first_line:
@@ -45,21 +46,31 @@ def explain(error: BaseException, entries: list[FieldHelp]) -> str:
     given = re.search(r"Value (.+?) (?:of type|is not)", first_line)
     if first_line.startswith("Invalid value assigned"):
         return f"{key} has the wrong type: it takes {takes}."
-    if given or "is not Optional" in first_line:
+    if given or "is not Optional" in first_line or "Incompatible value 'None'" in first_line:
         value = _unquote(given.group(1)) if given else "null"
         return f"{key}={value} has the wrong type: it takes {takes}."
     return f"{key}: {first_line}; it takes {takes}."
 
 
+def refuse_keys_below(key: str, leaves: Iterable[str]) -> None:
+    """Refuse `optim.lr.x` and `data.perplexity_texts.0`: a leaf of the schema has no keys of its own."""
+    if leaf := next((leaf for leaf in leaves if key.lstrip("+~").startswith(f"{leaf}.")), None):
+        raise ConfigError(f"Unknown key {key}: {leaf} has no keys of its own, give {leaf}=<value>.")
+
+
 def refuse_nameless_options(words: list[str], groups: dict[str, dict[str, str]]) -> None:
-    """Refuse `group=null`, `group=` and `group=[...]`, which Hydra answers with a traceback."""
+    """Refuse `=value`, `group=null`, `group=` and `group=[...]`, which Hydra answers with a traceback."""
     for word in words:
         group, equals, value = word.partition("=")
-        if equals and group in groups and (value in ("", "null") or value.startswith("[")):
-            raise ConfigError(f"{word} names no option of {group}: use {_join(list(groups[group]))}.")
+        if not re.search(r"\w", group.partition("@")[0]) and not group.startswith("-"):
+            raise ConfigError(f"{word!r} has no key: give group=option or key=value.")
+        is_group = group in groups or "/" in group
+        if equals and is_group and (value in ("", "null") or value.startswith(("[", "{"))):
+            known = _join(list(groups[group])) if group in groups else "one that --info lists"
+            raise ConfigError(f"{word} names no option of {group}: use {known}.")
 
 
-def _explain_unkeyed(text: str) -> str:
+def _explain_unkeyed(text: str, override: str | None) -> str:
     text = text.replace("\\'", "'")
     options = re.search(
         r"Could not find '(.+?)/([^/']+)'\s+Available options in '.+?':\n(.*?)\nConfig", text, re.S
@@ -71,10 +82,14 @@ def _explain_unkeyed(text: str) -> str:
         return (
             f"{several.group(1)} gives several values: add --multirun to run each, or quote it as one string."
         )
-    if unreadable := re.match(r"Error parsing override '(.*)'\n(.*)", text):
-        word, reason = unreadable.groups()
-        reason = reason.partition(" expecting {")[0]
-        return f"{word} cannot be read as group=option or key=value: {reason}."
+    if override is not None:
+        reasons = [
+            line for line in text.splitlines() if not re.match(r"Error parsing|See https|[ ^]+$", line)
+        ]
+        reason = " ".join(reasons).partition(" expecting {")[0].partition(override)[0].strip(" :")
+        if reason == "LexerNoViableAltException":
+            reason = "it has a character that is out of place"
+        return f"{' '.join(override.split())} cannot be read as group=option or key=value: {reason}."
     return " ".join(text.split()).rstrip(".") + "."
 
 

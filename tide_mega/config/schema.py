@@ -1,8 +1,9 @@
 """The configuration schema: what every key means, its type, its unit and its default.
 
-Values live in `conf/`; this file gives them types. `tide_mega.config.hydra_door` converts a composed
-Hydra configuration to these dataclasses once, at the entry point: nothing below knows Hydra.
-Rules that join several keys are in `tide_mega.config.validate`.
+Values live in `conf/`; this file gives them types. `tide_mega.config.hydra_door` converts a composed Hydra
+configuration to these dataclasses once, at the entry point: nothing below knows Hydra. A key that Python has as
+a word of its own is a field with an underscore after it: `run.from` is `RunConfig.from_`. Rules that join
+several keys are in `tide_mega.config.validate`.
 """
 
 from dataclasses import dataclass, field
@@ -93,15 +94,32 @@ class KernelConfig:
 
 @dataclass
 class OptimConfig:
-    """AdamW and the learning-rate schedule (SPEC section 2 gives the defaults)."""
+    """AdamW and the learning-rate schedule (SPEC section 2 gives the defaults).
+
+    The schedule is part of the run. In a run with `trainer.max_tokens` its steps are steps of the batch that
+    the run was started with, and it follows the tokens.
+    """
 
     lr: float = 1e-4
     """Peak learning rate, reached after `warmup_steps`."""
     init_lr: float = 1e-6
     min_lr: float = 1e-5
+    schedule: str = "cosine"
+    """After the warm-up: cosine (falls to `min_lr`), or wsd (stays at `lr`, and falls in the last
+    `cooldown_steps`: min_lr + (lr - min_lr) (1 - sqrt(part of the cooldown done)), arXiv 2405.18392)."""
     warmup_steps: int = 10_000
     decay_steps: int | None = None
     """Step at which the cosine reaches `min_lr`; null means the number of training steps."""
+    cooldown_steps: int = 0
+    """Last steps of a wsd run, in which the rate falls; 0: it stays at `lr`, for branches (`run.from`) to
+    decay."""
+    rewarmup_steps: int = 0
+    """With `run.from`: the schedule begins anew at the branch, rising to `lr` in so many steps from what the
+    parent's schedule has there; 0: the branch takes this schedule where its step count stands."""
+    reschedule: bool = False
+    """What a run that is continued with another `trainer.max_steps` or `max_tokens` does: false keeps the
+    schedule it was started with (after its end the rate stays at `min_lr`), true changes to that of the new
+    length. The log gives both rates."""
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
@@ -126,15 +144,17 @@ class DataConfig:
     num_workers: int = 1
     """Loader processes of each rank; 0 reads in the training process."""
     on_bad_shard: str = "fail"
-    """What a missing, truncated or altered shard does: fail, or skip (named in the log; of one that goes bad in
-    the middle of a run the windows that cannot be read are left out)."""
+    """What a missing, truncated or altered shard does: fail, or skip (named in the log; other windows of the data
+    take the place of those that cannot be read). A run may change it from one start to the next."""
     verify: str = "size"
     """How shards are verified at start: size, or checksum (reads everything once)."""
     perplexity_texts: list[str] = field(default_factory=list)
-    """Text files (UTF-8, or .jsonl with key `text`) whose perplexity every evaluation measures, whole and by
+    """Text files (UTF-8, or JSON lines with key `text`) whose perplexity every evaluation measures, whole and by
     decile, under their names without suffix."""
     perplexity_tokens: int = 65_536
     """Most tokens taken of each, from its beginning; 0 takes all."""
+    max_document_bytes: int = 134_217_728
+    """Most bytes of one document of them (a plain text is one, and so is a JSON line), decompressed."""
 
 
 @dataclass
@@ -142,11 +162,15 @@ class TrainerConfig:
     """Length, batch and numerics of the training run."""
 
     max_steps: int | None = None
-    """Optimizer steps. Give this or `max_tokens`, not both."""
+    """Optimizer steps. Give this or `max_tokens`, not both. A run counts what is due on its way (schedule,
+    evaluations, log lines, checkpoints) in what it is promised; a branch counts its parent's steps and tokens
+    too."""
     max_tokens: int | None = None
-    """Training tokens, rounded up to whole steps."""
+    """Training tokens, rounded up to whole sequences: the last batch may be smaller."""
     global_batch_size: int = 512
-    """Sequences in an optimizer step over all ranks."""
+    """Sequences in an optimizer step over all ranks. A run may be continued with another: with `max_tokens` it
+    has the same tokens and schedule in more steps or fewer, with `max_steps` the same steps of more tokens or
+    fewer."""
     micro_batch_size: int = 8
     """Sequences in one forward pass of one data-parallel rank."""
     precision: str = "bf16"
@@ -159,6 +183,9 @@ class TrainerConfig:
     """Held-out sequences in an evaluation; 0 means all of the validation split."""
     seed: int = 1234
     """Seed of the initial weights."""
+    deterministic: bool = False
+    """On a GPU, whether a step gives the same bits whenever it is taken: attention, cuBLAS and NCCL then add in a
+    fixed order, and an operation that cannot is an error. Slower. On a CPU a step does so anyway."""
 
 
 @dataclass
@@ -173,6 +200,10 @@ class CheckpointConfig:
     """Newest checkpoints kept in the run folder."""
     keep_every: int | None = None
     """Steps; checkpoints at its multiples are kept for ever."""
+    export_hf_every: int | None = None
+    """Steps, a multiple of `every`: checkpoints at its multiples, and the one at the end, are also exported for
+    transformers (`python -m tide_mega.export`), in the training's precision, to `hf/step-N` of the run folder. A
+    process beside the training does it once the checkpoint is committed. Exports stay until you remove them."""
     resume: bool = True
     """Continue from the newest checkpoint that is whole, if there is one; false moves those there are aside."""
     asynchronous: bool = True
@@ -181,7 +212,9 @@ class CheckpointConfig:
     """What a save that fails (full disk, for instance) does: stop the run, or continue it with the checkpoints
     before."""
     remote: str | None = None
-    """A second folder: finished checkpoints are copied to `remote/run.name`, and found there by a resuming run."""
+    """A second folder: finished checkpoints are copied to `remote/run.name`, and found there by the resuming run.
+
+    That folder is one run's, by the random id in its `run_id.json`; another run of the name is refused."""
     remote_keep_last: int = 2
 
 
@@ -210,7 +243,8 @@ class FaultConfig:
     `cluster.timeout_minutes` (collectives must not give up first), 0 never."""
     inject: list[str] = field(default_factory=list)
     """For debugging: faults brought about on purpose, `kind@step[:rank]`, such as [nan_grad@7:1,kill@15:0]. Kinds
-    are nan_loss, nan_grad, spike, slow (a third field gives seconds), hang, kill, bad_shard and disk_full."""
+    are nan_loss, nan_grad, spike, slow (a third field gives seconds), hang, kill, bad_shard and disk_full. One
+    that could not strike in the run is refused."""
 
 
 @dataclass
@@ -223,9 +257,13 @@ class LoggingConfig:
     """Whether log lines and evaluations also say what TIDE does: training loss and null weight by decile, gradient
     norm of each table, norms of tables and embedding by decile, cosine distances, memory in use."""
     wandb: str = "auto"
-    """auto (online with a login, offline without), online, offline, or disabled."""
+    """auto (as WANDB_DISABLED or WANDB_MODE say, else online with a login and offline without), online, offline,
+    or disabled."""
     wandb_project: str = "tide_mega"
     wandb_entity: str | None = None
+    wandb_machine: bool = False
+    """Whether the W&B run also says host name, user, command line, paths, hardware and commit; without them
+    environment.json in the run folder has versions, device and commit."""
 
 
 @dataclass
@@ -236,13 +274,20 @@ class ClusterConfig:
     device: str = "auto"
     """auto (cuda when there is a GPU, else cpu), cpu, or cuda."""
     peak_tflops: float | None = None
-    """Dense bf16 peak of one device for MFU; null means the device's known peak, measured on CPU."""
+    """Dense peak of one device for MFU; null, as in every profile, means what is known of the device by its name
+    and `trainer.precision`, measured on CPU."""
     memory_gb: float | None = None
-    """Memory of one device in 10^9 bytes; null skips the check that weights and optimizer state fit."""
+    """Memory of one device in 10^9 bytes; null skips the check that a step fits. The context, the communication
+    library and fragmentation take 3 to 6 GB besides: give so much less than the device has."""
     threads: int | None = None
     """CPU threads of each process; null means the cores divided by the processes of the node."""
     timeout_minutes: float = 30.0
     """How long a collective may hang before the run stops."""
+    min_node_gbs: float | None = None
+    """Bus bandwidth in GB/s that tide_mega.health asks of an all-reduce of 256 MiB within a node; null means what
+    is known of the GPU, 0 asks nothing."""
+    min_network_gbs: float | None = None
+    """The same between two nodes, of the GPUs of both together."""
     stop_before_minutes: float = 5.0
     """In a SLURM job with a time limit, how long before its end the run saves and stops, to be continued by the
     next start; long enough for two steps, an evaluation and a checkpoint."""
@@ -255,6 +300,11 @@ class RunConfig:
     name: str = MISSING
     root: str = "runs"
     """The run folder is `root/name`: metrics, checkpoints, resolved configuration."""
+    from_: str | None = None
+    """Branch from another run's checkpoint: its folder and the step, such as runs/a@3000; without @ the newest.
+    The model must be the same; schedule, length, batch and data may differ. The steps count on; where the data
+    and their order are the parent's they go on, else they begin anew. Only a run without checkpoints of its own
+    branches."""
 
 
 @dataclass

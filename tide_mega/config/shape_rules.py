@@ -4,10 +4,12 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from itertools import product
+from typing import Any
 
+from tide_mega.config.device_memory import device_memory
 from tide_mega.config.errors import ConfigError, refuse
 from tide_mega.config.schema import TideConfig
-from tide_mega.config.sizes import bytes_per_device, data_parallel_size, microbatches_per_step
+from tide_mega.config.sizes import data_parallel_size, microbatches_per_step
 
 MAX_BLOCKS = 64
 REFUSED_ZERO3: tuple[tuple[str, Callable[[TideConfig], bool], str], ...] = (
@@ -193,40 +195,58 @@ def _check_window(config: TideConfig, world_size: int) -> None:
 
 
 def check_memory_fit(config: TideConfig, world_size: int) -> None:
-    """Refuse what cannot fit `cluster.memory_gb`; activations are not in it, so passing is no promise."""
+    """Refuse what does not fit `cluster.memory_gb` by the estimate of tide_mega.config.device_memory."""
     limit = config.cluster.memory_gb
-    if limit is None or (needed := bytes_per_device(config, world_size) / 1e9) <= limit:
+    if limit is None or (needed := device_memory(config, world_size)).total / 1e9 <= limit:
         return
     raise ConfigError(
-        f"cluster.memory_gb={limit:g} is less than the {needed:.1f} GB that weights, gradients and optimizer "
-        f"state of model={config.model.name} with memory.num_blocks={config.memory.num_blocks} need on the "
-        f"fullest of {world_size} device(s): {_fitting_remedy(config, world_size, limit)}."
+        f"cluster.memory_gb={limit:g} is less than the {needed.total / 1e9:.1f} GB that a step of "
+        f"model={config.model.name} with memory.num_blocks={config.memory.num_blocks} needs on the fullest of "
+        f"{world_size} device(s), {needed.state / 1e9:.1f} for weights and optimizer and "
+        f"{needed.activations / 1e9:.1f} for activations: {_fitting_remedy(config, world_size, limit)}."
     )
 
 
 def _fitting_remedy(config: TideConfig, world_size: int, limit: float) -> str:
-    """Return the fewest changes of topology that fit and that every other rule allows."""
-    now, widths = config.parallel, (1, 2, 4, 8)
-    remedies = []
-    for tensor, pipeline, stage, owners in product(
-        {now.tensor, *widths},
-        {now.pipeline, *widths},
-        (1, 2, 3),
-        {config.memory.owners, "tensor_data"} if config.memory.num_blocks else {config.memory.owners},
+    """Return the fewest changes that fit and that every other rule allows; of those the ones that cost least."""
+    parallel, memory, trainer = config.parallel, config.memory, config.trainer
+    widths = (1, 2, 4, 8)
+    remedies: list[tuple[object, ...]] = []
+    for micro, owners, window, stage, recompute, tensor, pipeline in product(
+        {trainer.micro_batch_size, *(n for n in widths if n < trainer.micro_batch_size)},
+        {memory.owners, "tensor_data"} if memory.num_blocks else {memory.owners},
+        {memory.window, 1} if memory.num_blocks else {memory.window},
+        {parallel.zero_stage, 1, 3},
+        {parallel.recompute, "selective", "full"},
+        {parallel.tensor, *widths},
+        {parallel.pipeline, *widths},
     ):
+        topology: dict[str, Any] = {
+            "tensor": tensor,
+            "pipeline": pipeline,
+            "zero_stage": stage,
+            "recompute": recompute,
+        }
         candidate = replace(
             config,
-            parallel=replace(now, tensor=tensor, pipeline=pipeline, zero_stage=stage),
-            memory=replace(config.memory, owners=owners),
+            parallel=replace(parallel, **topology),
+            memory=replace(memory, owners=owners, window=window),
+            trainer=replace(trainer, micro_batch_size=micro),
         )
-        if _is_allowed(candidate, world_size) and bytes_per_device(candidate, world_size) / 1e9 <= limit:
+        if device_memory(candidate, world_size).total / 1e9 <= limit and _is_allowed(candidate, world_size):
             changes = [
-                *([f"memory.owners={owners}"] if owners != config.memory.owners else []),
-                *([f"parallel.tensor={tensor}"] if tensor != now.tensor else []),
-                *([f"parallel.pipeline={pipeline}"] if pipeline != now.pipeline else []),
-                *([f"parallel.zero_stage={stage}"] if stage != now.zero_stage else []),
+                *([f"trainer.micro_batch_size={micro}"] if micro != trainer.micro_batch_size else []),
+                *([f"memory.owners={owners}"] if owners != memory.owners else []),
+                *([f"memory.window={window}"] if window != memory.window else []),
+                *(
+                    f"parallel.{key}={value}"
+                    for key, value in topology.items()
+                    if value != getattr(parallel, key)
+                ),
             ]
-            remedies.append((len(changes), pipeline, tensor, stage, " with ".join(changes)))
+            made_again = ("none", "selective", "full").index(recompute)
+            cost = (len(changes), pipeline, tensor, made_again, stage, window is not None, -micro)
+            remedies.append((*cost, " with ".join(changes)))
     if not remedies:
         return "use more devices, fewer memory blocks or a smaller model"
     return f"{min(remedies)[-1]} would fit"

@@ -1,4 +1,4 @@
-"""Sizes that follow from the configuration alone: parameters, FLOPs and bytes.
+"""Sizes that follow from the configuration alone: parameters and FLOPs.
 
 Symbols: V vocabulary, d hidden size, L layers, K memory blocks, f FFN width, T sequence length,
 h attention heads, g key/value heads. No matrix has a bias, and a head has d / h channels.
@@ -87,46 +87,3 @@ def microbatches_per_step(config: TideConfig, world_size: int) -> int:
     """Microbatches of one data-parallel rank in an optimizer step (gradient accumulation)."""
     replicas = max(1, data_parallel_size(config, world_size))
     return config.trainer.global_batch_size // (config.trainer.micro_batch_size * replicas)
-
-
-def bytes_per_device(config: TideConfig, world_size: int) -> int:
-    """Estimate the bytes of weights, gradients and optimizer state on the fullest device.
-
-    A parameter has 2 bytes of weight and 2 of gradient (bf16; 4 and 4 in fp32) and 12 of optimizer state: the
-    fp32 master copy and Adam's two moments. ZeRO-1 shards the state over data parallelism, ZeRO-2 gradients
-    too, ZeRO-3 weights too. Matrices and tables are divided by the tensor-parallel size; norms, routers and
-    gains are whole on every device of a stage. With `memory.owners=tensor_data` a device has V / (tensor x
-    data) rows of the tables with 16 bytes an element at either precision, whatever the ZeRO stage: fp32
-    weight, gradient and two moments.
-
-    The first pipeline stage holds the embedding, the tables and their gains, the last one the output layer
-    (when tied, a second copy of the embedding's matrix), and each an equal share of the layers.
-
-    Activations, the rows a step fetches, communication buffers and the allocator's slack are not in it.
-    """
-    last = config.parallel.pipeline - 1
-    return max(_bytes_on_stage(config, world_size, stage) for stage in {0, last})
-
-
-def _bytes_on_stage(config: TideConfig, world_size: int, stage: int) -> int:
-    count, parallel = count_parameters(config.model, config.memory), config.parallel
-    replicas = max(1, data_parallel_size(config, world_size))
-    is_first, is_last = stage == 0, stage == parallel.pipeline - 1
-    exclusive = config.memory.owners == "tensor_data"
-
-    matrices = (count.attention + count.mlp) // parallel.pipeline
-    final_norm = config.model.hidden_size
-    replicated = (count.norms - final_norm + count.routers) // parallel.pipeline
-    if is_first:
-        matrices += count.embedding + (0 if exclusive else count.tables)
-        replicated += count.memory_gains
-    if is_last:
-        matrices += count.output if is_first else count.output_product
-        replicated += final_norm
-    parameters = matrices // parallel.tensor + replicated
-
-    element = 2 if config.trainer.precision == "bf16" else 4
-    weights = element * parameters // (replicas if parallel.zero_stage >= 3 else 1)
-    gradients = element * parameters // (replicas if parallel.zero_stage >= 2 else 1)
-    owned = count.tables // (parallel.tensor * replicas) if is_first and exclusive else 0
-    return weights + gradients + 12 * parameters // replicas + 16 * owned

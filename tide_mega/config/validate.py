@@ -4,18 +4,21 @@ Each refusal is one sentence: the key, the value it has, why it cannot be, and a
 """
 
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from tide_mega.config.errors import refuse
-from tide_mega.config.injection import parse_injection
+from tide_mega.config.errors import refuse, refuse_credentials, refuse_huge
+from tide_mega.config.injection import Injection, parse_injection
+from tide_mega.config.paths import check_folder_name, check_folder_path
 from tide_mega.config.schema import TideConfig
 from tide_mega.config.shape_rules import check_memory_fit, check_model, check_parallel, check_world
 
 CHOICES = {
     "memory.owners": ("tensor", "tensor_data"),
+    "optim.schedule": ("cosine", "wsd"),
     "kernels.mix": ("auto", "naive", "cpu", "triton"),
     "kernels.row_norm": ("auto", "naive", "cpu", "triton"),
     "kernels.norm_router": ("auto", "naive", "triton"),
@@ -33,8 +36,15 @@ POSITIVE = (
     *("model.num_query_groups", "model.vocab_size", "model.rope_theta", "model.norm_eps"),
     *("parallel.tensor", "parallel.pipeline", "parallel.virtual_pipeline", "memory.width", "memory.window"),
     *("kernels.loss_tokens", "optim.lr", "optim.eps", "optim.decay_steps"),
-    *("data.seq_length", "trainer.max_steps", "trainer.max_tokens", "trainer.global_batch_size"),
+    *(
+        "data.seq_length",
+        "data.max_document_bytes",
+        "trainer.max_steps",
+        "trainer.max_tokens",
+        "trainer.global_batch_size",
+    ),
     *("trainer.micro_batch_size", "checkpoint.keep_last", "checkpoint.keep_every"),
+    "checkpoint.export_hf_every",
     *("checkpoint.remote_keep_last", "logging.every", "cluster.peak_tflops"),
     *("cluster.memory_gb", "cluster.threads", "cluster.timeout_minutes"),
     *("faults.max_skipped_in_a_row", "faults.spike_z"),
@@ -42,21 +52,32 @@ POSITIVE = (
 NOT_NEGATIVE = (
     *("model.init_std", "memory.num_blocks", "memory.table_init_std", "memory.router_init_std"),
     *("optim.init_lr", "optim.min_lr", "optim.warmup_steps", "optim.weight_decay", "optim.clip_grad"),
+    *("optim.cooldown_steps", "optim.rewarmup_steps"),
     *("optim.table_lr_multiplier", "optim.table_weight_decay", "data.seed", "data.num_workers"),
     "data.perplexity_tokens",
     *("trainer.z_loss", "trainer.eval_every", "trainer.eval_sequences", "trainer.seed", "checkpoint.every"),
     *("faults.max_rollbacks", "faults.hang_minutes", "cluster.stop_before_minutes"),
+    *("cluster.min_node_gbs", "cluster.min_network_gbs"),
 )
 UNSET = "???"
 
 
 def total_steps(config: TideConfig) -> int:
-    """Optimizer steps of the run: `max_steps`, or `max_tokens` rounded up to whole steps."""
+    """Optimizer steps of a run with this batch from its start: `max_steps`, or those `max_tokens` come to."""
     if config.trainer.max_steps is not None:
         return config.trainer.max_steps
     if config.trainer.max_tokens is None:
         refuse("trainer.max_steps", None, "leaves the run without an end", "give max_steps or max_tokens")
     return math.ceil(config.trainer.max_tokens / (config.trainer.global_batch_size * config.data.seq_length))
+
+
+def parent_of(config: TideConfig) -> tuple[Path, int | None] | None:
+    """Return the run folder that `run.from` names and the step (None: the newest); None where it is null."""
+    if config.run.from_ is None:
+        return None
+    match = re.fullmatch(r"(.+?)(?:@(\d+))?", config.run.from_, re.DOTALL)
+    assert match is not None, "an empty run.from is refused"
+    return Path(match[1]), None if match[2] is None else int(match[2])
 
 
 def validate(config: TideConfig, world_size: int | None = None) -> None:
@@ -76,6 +97,7 @@ def validate(config: TideConfig, world_size: int | None = None) -> None:
     _check_optim(config)
     _check_faults(config, world_size)
     _check_run(config)
+    _check_exports(config)
     if world_size is not None:
         check_world(config, world_size)
         check_memory_fit(config, world_size)
@@ -99,6 +121,9 @@ def _check_values(config: TideConfig) -> None:
     for key, value in _leaves(config):
         if isinstance(value, str) and value == UNSET:
             refuse(key, value, "is not set", f"give {key}=<value> or choose a group that sets it")
+        refuse_huge(key, value)
+        for text in value if isinstance(value, list) else [value]:
+            refuse_credentials(key, str(text))
         if isinstance(value, float) and not math.isfinite(value):
             refuse(key, value, "is not a finite number", "give a finite one")
     for key, choices in CHOICES.items():
@@ -121,26 +146,30 @@ def _check_optim(config: TideConfig) -> None:
             f"and trainer.max_tokens={trainer.max_tokens} both end the run",
             "set one of them to null",
         )
-    steps = total_steps(config)
+    total_steps(config)
     for key, value in (("init_lr", optim.init_lr), ("min_lr", optim.min_lr)):
         if value > optim.lr:
             refuse(f"optim.{key}", value, "is above the peak", f"use at most optim.lr={optim.lr}")
     for key, value in (("beta1", optim.beta1), ("beta2", optim.beta2)):
         if not 0 <= value < 1:
             refuse(f"optim.{key}", value, "is outside [0, 1)", "use a value such as 0.9 or 0.95")
-    if optim.warmup_steps >= steps:
-        refuse(
-            "optim.warmup_steps",
-            optim.warmup_steps,
-            f"is not below the run's {steps} steps",
-            f"use at most {steps - 1}, or train longer",
-        )
     if optim.decay_steps is not None and optim.decay_steps <= optim.warmup_steps:
         refuse(
             "optim.decay_steps",
             optim.decay_steps,
             f"is not after optim.warmup_steps={optim.warmup_steps}",
             f"use null or at least {optim.warmup_steps + 1}",
+        )
+    if optim.schedule == "wsd" and optim.decay_steps is not None:
+        why = "is for optim.schedule=cosine"
+        refuse("optim.decay_steps", optim.decay_steps, why, "use null, and optim.cooldown_steps with wsd")
+    if optim.schedule == "cosine" and optim.cooldown_steps:
+        why = "is for optim.schedule=wsd"
+        refuse("optim.cooldown_steps", optim.cooldown_steps, why, "use 0, or optim.schedule=wsd")
+    if optim.rewarmup_steps and config.run.from_ is None:
+        why = "is for a branch"
+        refuse(
+            "optim.rewarmup_steps", optim.rewarmup_steps, why, "use 0, or give run.from=<run folder>@<step>"
         )
 
 
@@ -158,15 +187,57 @@ def _check_faults(config: TideConfig, world_size: int | None) -> None:
             "use null (two thirds of it) or a smaller number",
         )
     for text in faults.inject:
-        rank = parse_injection(text).rank
-        if world_size is not None and rank is not None and rank >= world_size:
-            refuse("faults.inject", text, f"names a rank of {world_size} processes", "use 0 to one less")
+        _check_injection(config, parse_injection(text), world_size)
+
+
+def _check_injection(config: TideConfig, fault: Injection, world_size: int | None) -> None:
+    """Refuse a fault that could not strike in this run, or that nothing would come of."""
+    steps, checkpoint = total_steps(config), config.checkpoint
+    # A rollback passes data by, so that the run reads more batches than it has steps.
+    if fault.step > steps and config.faults.on_spike != "rollback":
+        why = f"strikes after the run's {steps} steps"
+        refuse("faults.inject", fault.text, why, f"use a step from 1 to {steps}, or train longer")
+    if fault.kind == "bad_shard" and config.data.on_bad_shard == "skip":
+        why = "stops the run, and data.on_bad_shard=skip says to go on"
+        refuse("faults.inject", fault.text, why, "use data.on_bad_shard=fail")
+    last_saved = steps if checkpoint.at_end else steps - steps % checkpoint.every if checkpoint.every else 0
+    if fault.kind == "disk_full" and fault.step > last_saved:
+        why = (
+            f"comes after the last checkpoint, at step {last_saved} with checkpoint.every={checkpoint.every}"
+        )
+        refuse("faults.inject", fault.text, why, "use an earlier step, or checkpoint.at_end=true")
+    if fault.rank is None or world_size is None:
+        return
+    if fault.rank >= world_size:
+        refuse("faults.inject", fault.text, f"names a rank of {world_size} processes", "use 0 to one less")
+    first_of_last_stage = world_size - world_size // config.parallel.pipeline
+    if fault.kind == "spike" and fault.rank < first_of_last_stage:
+        why = f"names a rank without a loss: the last of parallel.pipeline={config.parallel.pipeline} has it"
+        refuse("faults.inject", fault.text, why, f"use {first_of_last_stage} to {world_size - 1}")
 
 
 def _check_run(config: TideConfig) -> None:
-    name = config.run.name
-    if name in ("", ".", "..") or Path(name).name != name or "\\" in name or "\0" in name:
-        refuse("run.name", repr(name), "is not a folder's name", "use a name without path separators")
-    for key, value in (("run.root", config.run.root), ("data.path", config.data.path)):
-        if not value:
-            refuse(key, repr(value), "is empty", "give a folder")
+    check_folder_name("run.name", config.run.name)
+    folders = {
+        "run.root": config.run.root,
+        "data.path": config.data.path,
+        "checkpoint.remote": config.checkpoint.remote,
+    }
+    for key, value in folders.items():
+        if value is not None:
+            check_folder_path(key, value)
+    if config.run.from_ is not None and not config.run.from_.strip():
+        refuse("run.from", repr(config.run.from_), "is empty", "give <run folder>@<step>, or null")
+
+
+def _check_exports(config: TideConfig) -> None:
+    every, export_every = config.checkpoint.every, config.checkpoint.export_hf_every
+    if export_every is None:
+        return
+    if not every:
+        why = "needs checkpoints, and checkpoint.every=0 saves none on the way"
+        refuse("checkpoint.export_hf_every", export_every, why, "use null, or set checkpoint.every")
+    if export_every % every:
+        why = f"falls between checkpoints, with checkpoint.every={every}"
+        remedy = f"use a multiple of it, such as {every * (export_every // every + 1)}"
+        refuse("checkpoint.export_hf_every", export_every, why, remedy)

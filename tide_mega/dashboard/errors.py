@@ -3,10 +3,10 @@
 import sys
 from collections.abc import Callable
 
-from tide_mega.config.errors import ConfigError
+from tide_mega.config.errors import ConfigError, StatedError
 
 
-class DashboardError(ValueError):
+class DashboardError(StatedError, ValueError):
     """A run that cannot be read, or a workspace that cannot be saved; one sentence that says what to do."""
 
 

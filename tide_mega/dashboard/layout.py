@@ -135,6 +135,7 @@ FAULTS = Section(
     "Faults and events",
     (
         Panel("Faults so far", "count", ("faults/skipped_steps", "faults/spikes", "faults/rollbacks")),
+        Panel("Data left out so far", "count", ("faults/skipped_windows", "faults/skipped_shards")),
         Panel("Slowest replica", "computing time over median's", ("faults/slowest_ratio",)),
         Panel("Events", "at step", ("events/skipped", "events/spike", "events/rollback"), points=True),
         Panel("Loss at events", NATS, ("events/loss",), points=True),

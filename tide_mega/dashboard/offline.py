@@ -1,6 +1,5 @@
 """The second door to wandb: its records, read from the files an offline run leaves."""
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 from google.protobuf.message import DecodeError
 from wandb.proto import wandb_internal_pb2 as pb
 
+from tide_mega.config.stored import parse_json
 from tide_mega.dashboard.blocks import read_frames
 from tide_mega.dashboard.errors import DashboardError
 from tide_mega.dashboard.history import Row
@@ -55,7 +55,7 @@ def read_offline(path: Path) -> OfflineRun:
         kind = record.WhichOneof("record_type")
         if kind == "run":
             run.run_id, run.name = record.run.run_id, record.run.display_name
-            run.config |= {update.key: json.loads(update.value_json) for update in record.run.config.update}
+            run.config |= {update.key: parse_json(update.value_json) for update in record.run.config.update}
         elif kind == "exit":
             run.is_finished = True
         elif kind == "history":
@@ -87,7 +87,7 @@ def _row(items: Iterable[pb.HistoryItem], notes: list[str]) -> Row:
 
 def _number(value_json: str) -> float | int | None:
     try:
-        value = json.loads(value_json)
+        value = parse_json(value_json)
         # What JSON lacks may stand there as a string.
         return float(value) if value in ("NaN", "Infinity", "-Infinity") else _plain(value)
     except (ValueError, TypeError):

@@ -4,14 +4,16 @@ b(v) = min(floor(rank(v) / |V_clean| * 10), 9), where rank counts from 0 in asce
 over the clean types that occur. Shapes: V is the vocabulary.
 """
 
-import json
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tide_mega.config.stored import parse_json
 from tide_mega.data.atomic import atomic_writer, write_json
 from tide_mega.data.errors import DataError
 from tide_mega.data.tokenizer import Tokenizer
@@ -98,16 +100,43 @@ class DecileTable:
         """
         folder = Path(folder)
         try:
-            bin_of_type = np.load(folder / "deciles.npy", allow_pickle=False)
-            summary = json.loads((folder / "deciles.json").read_text(encoding="utf-8"))
+            bin_of_type = _load_array(folder / "deciles.npy")
+            if bin_of_type.size and not UNSEEN <= bin_of_type.min() <= bin_of_type.max() < NUM_BINS:
+                raise ValueError("deciles.npy has values that are no deciles")
+            summary = parse_json((folder / "deciles.json").read_text(encoding="utf-8"))
             summary["count_ranges"] = [
                 None if bounds is None else (bounds[0], bounds[1]) for bounds in summary["count_ranges"]
             ]
             return cls(bin_of_type=bin_of_type, **summary)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
             raise DataError(
                 f"{folder} has no readable decile table ({error}); run tools/prepare_data.py again"
             ) from error
+
+
+def load_counts(folder: Path | str) -> NDArray[np.int64]:
+    """Read how often each type occurs in the training text [V], which a preparation leaves in `counts.npy`.
+
+    Raises:
+        DataError: the file is absent or damaged.
+    """
+    try:
+        return _load_array(Path(folder) / "counts.npy")
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{folder} has no readable counts ({error}); run tools/prepare_data.py again"
+        ) from error
+
+
+def _load_array(path: Path) -> NDArray[Any]:
+    """Load a vector of integers; raise ValueError or OSError for anything else."""
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path.name} is damaged: {error}") from error
+    if not isinstance(array, np.ndarray) or array.ndim != 1 or array.dtype.kind not in "iu":
+        raise ValueError(f"{path.name} holds no vector of integers")
+    return array
 
 
 def is_content(token: bytes) -> bool:

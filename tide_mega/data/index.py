@@ -1,11 +1,16 @@
-"""The index of a prepared dataset: `index.json`, written last, so that a folder with one is complete."""
+"""The index of a prepared dataset: `index.json`, written last, so that a folder with one is complete.
 
-import json
+What it names are regular files beside it: an index that was made elsewhere leads to nothing outside its folder.
+"""
+
+import contextlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tide_mega.data.atomic import write_json
+from tide_mega.config.paths import plain_name, regular_file
+from tide_mega.config.stored import parse_json
+from tide_mega.data.atomic import fingerprint_of, write_json
 from tide_mega.data.errors import DataError
 
 FILE_NAME = "index.json"
@@ -57,12 +62,13 @@ class Totals:
     empty_documents: int
     """Documents without text or without a token: not written."""
     empty_files: int
+    """Files without a byte, a line or a row."""
     bad: int
     """Files or records left out because they could not be read."""
     tolerated: int
     """How many of these are left out even with on_bad_file=fail (files of `stdlib`)."""
     ignored_files: dict[str, int]
-    """Files in input folders with a suffix that is not read: suffix -> count."""
+    """What is not read in input folders: suffix -> count, and counts of hidden files and folders linked again."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +87,12 @@ class DatasetIndex:
     options: dict[str, Any] = field(default_factory=dict)
     """The options that shaped the dataset."""
 
+    @property
+    def fingerprint(self) -> str:
+        """Of tokenizer and tokens, wherever the dataset lies."""
+        shards = {name: [shard.sha256 for shard in split.shards] for name, split in self.splits.items()}
+        return fingerprint_of([self.tokenizer.fingerprint, shards])
+
     def save(self, folder: Path) -> None:
         """Writes `folder/index.json` atomically."""
         write_json(folder / FILE_NAME, {"format": FORMAT, "version": VERSION, **asdict(self)})
@@ -90,7 +102,8 @@ class DatasetIndex:
         """Reads `folder/index.json`.
 
         Raises:
-            DataError: there is none, it is damaged, or its format is not one this version reads.
+            DataError: there is none, it is damaged, its format is not one this version reads, or it names files
+                elsewhere.
         """
         path = Path(folder) / FILE_NAME
         if not path.is_file():
@@ -99,14 +112,17 @@ class DatasetIndex:
                 f"run tools/prepare_data.py with out={folder} (it continues an interrupted preparation)"
             )
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = parse_json(path.read_text(encoding="utf-8"))
             if content["format"] != FORMAT or content["version"] != VERSION:
                 raise DataError(
                     f"{path} is of format {content['format']} version {content['version']}, but this version "
                     f"reads {FORMAT} version {VERSION}; prepare the data again"
                 )
+            tokenizer = TokenizerRecord(**content["tokenizer"])
+            with contextlib.suppress(FileNotFoundError):
+                regular_file(Path(folder), tokenizer.file)
             return cls(
-                tokenizer=TokenizerRecord(**content["tokenizer"]),
+                tokenizer=tokenizer,
                 dtype=content["dtype"],
                 splits={name: _split(value) for name, value in content["splits"].items()},
                 totals=Totals(**content["totals"]),
@@ -123,8 +139,13 @@ class DatasetIndex:
 
 
 def shard_from_json(value: dict[str, Any]) -> ShardRecord:
-    """A `ShardRecord` from its JSON."""
-    return ShardRecord(**{**value, "samples": [(int(offset), int(n)) for offset, n in value["samples"]]})
+    """A `ShardRecord` from its JSON.
+
+    Raises:
+        ValueError: its file's name is not a plain one.
+    """
+    samples = [(int(offset), int(n)) for offset, n in value["samples"]]
+    return ShardRecord(**{**value, "file": plain_name(value["file"]), "samples": samples})
 
 
 def _split(value: dict[str, Any]) -> SplitRecord:

@@ -4,21 +4,27 @@ Shapes: B is the micro batch, T the sequence length. Training samples are number
 sample s is window perm(epoch)(s mod n) of the stream's n windows in epoch s // n. A loader's whole state
 is the number of samples consumed, so a resumed run goes on exactly where it stopped, whatever the number
 of data-parallel ranks is then.
+
+Of a stream that skips what cannot be read, a training sample takes another window, drawn by the same seed, so that
+batches keep their size; in validation the window is left out, and the others stay the same.
 """
 
 import logging
 import signal
 import threading
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from tide_mega.config.errors import ConfigError
 from tide_mega.data.batch import IGNORE_LABEL, TokenBatch
-from tide_mega.data.errors import DataError
+from tide_mega.data.errors import DataError, UnreadableShardError
 from tide_mega.data.permutation import Permutation
 from tide_mega.data.stream import TokenStream
 
@@ -26,13 +32,26 @@ log = logging.getLogger(__name__)
 
 _FEEDER = "QueueFeederThread"
 _JOIN_SECONDS = 5.0
+_MOST_DRAWS = 1000
+"""Windows tried in place of one that cannot be read."""
+_OTHER_SEED = 2**32
+"""Between the seeds of two draws."""
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """What a loader process sends."""
+
+    batch: TokenBatch
+    left_out: dict[str, int]
+    """Windows that could not be read and were replaced, by shard."""
 
 
 class TrainBatches(Iterator[TokenBatch]):
     """The endless micro batches of one rank; `close` ends its loader processes."""
 
     def __init__(self, dataset: "_TrainDataset", sampler: "_MicroBatchSampler", num_workers: int) -> None:
-        loader: DataLoader[TokenBatch | DataError] = DataLoader(
+        loader: DataLoader[_Loaded | DataError] = DataLoader(
             dataset,
             batch_size=None,  # the sampler's items are whole micro batches
             sampler=sampler,
@@ -42,7 +61,8 @@ class TrainBatches(Iterator[TokenBatch]):
             generator=torch.Generator(),  # its own: opening a loader draws a number, which a resume repeats
         )
         before = set(threading.enumerate())
-        self._batches: Iterator[TokenBatch | DataError] | None = iter(loader)
+        self._batches: Iterator[_Loaded | DataError] | None = iter(loader)
+        self._left_out: Counter[str] = Counter()
         # The queues to the loader's processes each have a thread, and no way to wait for its end.
         self._feeders = [
             thread for thread in threading.enumerate() if thread not in before and thread.name == _FEEDER
@@ -53,14 +73,20 @@ class TrainBatches(Iterator[TokenBatch]):
 
         Raises:
             StopIteration: `close` was called.
-            DataError: a shard can no longer be read, and `on_bad_shard` is fail.
+            DataError: a shard can no longer be read, and `on_bad_shard` is fail; or next to none can be read.
         """
         if self._batches is None:
             raise StopIteration
-        batch = next(self._batches)
-        if isinstance(batch, DataError):
-            raise batch
-        return batch
+        loaded = next(self._batches)
+        if isinstance(loaded, DataError):
+            raise loaded
+        self._left_out.update(loaded.left_out)
+        return loaded.batch
+
+    def take_left_out(self) -> dict[str, int]:
+        """Windows of the batches since the last call that could not be read, by shard."""
+        taken, self._left_out = self._left_out, Counter()
+        return dict(taken)
 
     def close(self) -> None:
         """Ends the loader's processes and their queues; nothing is left running."""
@@ -170,17 +196,17 @@ def _batch(stream: TokenStream, windows: np.ndarray, rows: int) -> TokenBatch:
     for row, i in enumerate(windows.tolist()):
         try:
             window = torch.from_numpy(stream.window(i))
-        except DataError as error:
+        except UnreadableShardError as error:
             if not stream.skips_bad:
                 raise
-            _say_once(str(error))
+            _say_once(f"{error}: its held-out windows are left out")
             continue  # the row stays without labels, so that it weighs nothing
         tokens_BT[row, : len(window) - 1] = window[:-1]
         labels_BT[row, : len(window) - 1] = window[1:]
     return TokenBatch(tokens_BT, labels_BT)
 
 
-class _TrainDataset(Dataset["TokenBatch | DataError"]):
+class _TrainDataset(Dataset["_Loaded | DataError"]):
     """Maps an array of sample numbers to their batch, or to what is wrong with the data.
 
     Returned, not raised: an error raised in a loader process arrives with that process's traceback for a message.
@@ -190,24 +216,42 @@ class _TrainDataset(Dataset["TokenBatch | DataError"]):
         self._stream = stream
         self._seed = seed
 
-    def __getitem__(self, samples: np.ndarray) -> TokenBatch | DataError:
-        n = len(self._stream)
-        windows = [
-            _permutation(n, self._seed, sample // n)(np.array([sample % n])).item()
-            for sample in samples.tolist()
-        ]
+    def __getitem__(self, samples: np.ndarray) -> _Loaded | DataError:
+        left_out: Counter[str] = Counter()
         try:
-            return _batch(self._stream, np.array(windows), len(windows))
+            windows = [self._window(sample, left_out) for sample in samples.tolist()]
         except DataError as error:
             return error
+        windows_BT1 = torch.from_numpy(np.stack(windows))
+        batch = TokenBatch(windows_BT1[:, :-1].contiguous(), windows_BT1[:, 1:].contiguous())
+        return _Loaded(batch, dict(left_out))
+
+    def _window(self, sample: int, left_out: Counter[str]) -> NDArray[np.int64]:
+        """Tokens [T + 1] of a sample; `left_out` counts its window where another had to take its place."""
+        n = len(self._stream)
+        epoch, place = divmod(sample, n)
+        for draw in range(_MOST_DRAWS):
+            order = _permutation(n, self._seed + draw * _OTHER_SEED, epoch)
+            try:
+                return self._stream.window(order(np.array([place])).item())
+            except UnreadableShardError as error:
+                if not self._stream.skips_bad:
+                    raise
+                _say_once(f"{error}: other windows take the place of its own")
+                if draw == 0:
+                    left_out[error.shard] += 1
+        raise DataError(
+            f"of {_MOST_DRAWS} windows of the {self._stream.split} split drawn at random none can be read: bring "
+            "the shards back that the log names, and start again"
+        )
 
 
 @lru_cache(maxsize=4096)
 def _say_once(problem: str) -> None:
-    log.warning("%s: its windows are left out, batches are that much smaller", problem)
+    log.warning("%s", problem)
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=16)
 def _permutation(n: int, seed: int, epoch: int) -> Permutation:
     return Permutation(n, seed, epoch)
 

@@ -9,7 +9,7 @@ from tide_mega.data.atomic import atomic_writer
 from tide_mega.data.errors import DataError
 from tide_mega.data.frequency import DecileTable
 from tide_mega.data.index import SPLITS, DatasetIndex, SplitRecord, TokenizerRecord, Totals
-from tide_mega.data.inputs import Inputs
+from tide_mega.data.inputs import Inputs, describe_ignored
 from tide_mega.data.packing import dtype_for
 from tide_mega.data.tokenizer import Tokenizer
 from tide_mega.data.units import Unit
@@ -39,17 +39,20 @@ def merge(
         counts[ids.astype(np.int64)] += unit_counts
         results.append(result)
     splits = {name: _join(results, name) for name in SPLITS}
+    bad = [named for result in results for named in result.bad]
+    empty_files = inputs.empty + [name for result in results for name in result.empty_files]
     totals = Totals(
         documents=sum(split.documents for split in splits.values()),
         tokens=sum(split.tokens for split in splits.values()),
         empty_documents=sum(result.empty_documents for result in results),
-        empty_files=len(inputs.empty),
+        empty_files=len(empty_files),
         bad=sum(result.bad_count for result in results),
         tolerated=sum(result.bad_count - result.bad_strict for result in results),
         ignored_files=inputs.ignored,
     )
     if not totals.documents:
-        raise DataError(f"the input has no document: {describe_losses(totals)}")
+        first = "; the first bad one: {source} {reason}".format(**bad[0]) if bad else ""
+        raise DataError(f"the input has no document: {describe_losses(totals)}{first}")
     with atomic_writer(out / "counts.npy") as file:
         np.save(file, counts, allow_pickle=False)
     DecileTable.from_counts(counts, tokenizer).save(out)
@@ -60,8 +63,8 @@ def merge(
         dtype=dtype_for(tokenizer.vocab_size).name,
         splits=splits,
         totals=totals,
-        bad=[bad for result in results for bad in result.bad][:LISTED],
-        empty_files=inputs.empty[:LISTED],
+        bad=bad[:LISTED],
+        empty_files=empty_files[:LISTED],
         options=options,
     )
     index.save(out)
@@ -70,10 +73,9 @@ def merge(
 
 def describe_losses(totals: Totals) -> str:
     """What of the input was not written, in words."""
-    ignored = ", ".join(f"{count:,} {suffix}" for suffix, count in totals.ignored_files.items())
     return (
         f"{totals.empty_documents:,} empty documents, {totals.empty_files:,} empty files, "
-        f"{totals.bad:,} bad files or records, {ignored or 'no'} files of other kinds"
+        f"{totals.bad:,} bad files or records, {describe_ignored(totals.ignored_files)}"
     )
 
 

@@ -6,6 +6,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from tide_mega.config.errors import ConfigError
+from tide_mega.data.lines import MAX_DOCUMENT_BYTES
 
 BPE_PREFIX = "bpe:"
 SMALLEST_BPE = 512
@@ -17,7 +18,8 @@ class PrepareOptions:
     """Options of `tools/prepare_data.py`."""
 
     inputs: list[str] = MISSING
-    """Files or folders of .txt, .jsonl, .jsonl.zst and .parquet; `stdlib` is Python's own library source."""
+    """Files or folders of .txt, .jsonl, .ndjson and .json (an object a line), each also .gz, .zst, .xz or .bz2,
+    and .parquet; `stdlib` is Python's own library source."""
     out: str = MISSING
     """Folder to write; an interrupted preparation in it is continued."""
     tokenizer: str = MISSING
@@ -27,7 +29,10 @@ class PrepareOptions:
     text_key: str = "text"
     """Key of a JSON line, or column of a parquet file, that holds the text."""
     suffixes: list[str] = field(default_factory=list)
-    """Further file suffixes read as plain text, e.g. [.py,.rst]."""
+    """Further file suffixes read as plain text, e.g. [.py,.rst]; compressed ones (.py.gz) too."""
+    max_document_bytes: int = MAX_DOCUMENT_BYTES
+    """Most bytes of one document (a .txt file, a line of JSON, a value of parquet), decompressed; a longer one is
+    bad. Also the most memory that a .zst or .xz may ask for as its window, of which 128 MiB are always allowed."""
     validation_fraction: float = 0.01
     """Share of the documents held out, chosen by a hash of their text."""
     seed: int = 1234
@@ -45,7 +50,8 @@ class PrepareOptions:
     on_bad_file: str = "fail"
     """What a file or record that cannot be read does: fail, or skip (counted and named in index.json)."""
     overwrite: bool = False
-    """Remove what an earlier preparation left in `out` and start afresh."""
+    """Start afresh where an earlier preparation wrote: what it left in `out` is replaced once the new dataset is
+    whole (both need room until then), and stays if that fails. Files of another origin are never removed."""
 
 
 def validate_options(options: PrepareOptions) -> None:
@@ -62,7 +68,7 @@ def validate_options(options: PrepareOptions) -> None:
         raise ConfigError(
             f"validation_fraction={options.validation_fraction} is not in [0, 1); 0.01 holds out 1 %"
         )
-    for name in ("sample_tokens", "shard_tokens", "bpe_train_bytes"):
+    for name in ("sample_tokens", "shard_tokens", "bpe_train_bytes", "max_document_bytes"):
         if getattr(options, name) < 1:
             raise ConfigError(f"{name}={getattr(options, name)} must be at least 1")
     if options.sample_tokens >= 2**32:
@@ -111,6 +117,7 @@ def identity(options: PrepareOptions, tokenizer_sha256: str | None) -> dict[str,
         "eos_token": options.eos_token,
         "text_key": options.text_key,
         "suffixes": sorted(options.suffixes),
+        "max_document_bytes": options.max_document_bytes,
         "validation_fraction": options.validation_fraction,
         "seed": options.seed,
         "sample_tokens": options.sample_tokens,

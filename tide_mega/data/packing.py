@@ -4,15 +4,18 @@ The token stream is the documents one after the other, each followed by EOS; it 
 `sample_tokens` wherever that falls, so a document may go on in the next sample or shard.
 """
 
+import re
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tide_mega.data.errors import DataError
-from tide_mega.data.index import ShardRecord
+from tide_mega.data.index import SPLITS, ShardRecord
 from tide_mega.data.shards import ShardWriter
 
+SHARD_NAME = re.compile(rf"({'|'.join(SPLITS)})-\d{{6,}}-\d{{3,}}\.tar")
+"""Names that `SplitWriter` gives."""
 _LARGEST_UINT16_VOCAB = 2**16
 _LARGEST_UINT32_VOCAB = 2**32
 

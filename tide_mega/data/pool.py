@@ -1,5 +1,6 @@
 """Running units of work over processes."""
 
+import logging
 import multiprocessing
 import os
 import threading
@@ -10,6 +11,7 @@ from multiprocessing.connection import wait as wait_for
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 
+from tide_mega.data import atomic
 from tide_mega.data.errors import DataError
 from tide_mega.data.tokenizer import Tokenizer, load_tokenizer
 from tide_mega.data.units import Unit
@@ -67,9 +69,12 @@ def run_units(
 def _initialise(job: Job, tokenizer_path: Path, eos_token: str | None, progress: "Synchronized[int]") -> None:
     global _job, _tokenizer, _progress
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process is one worker
+    logging.getLogger(atomic.__name__).setLevel(
+        logging.ERROR
+    )  # the parent wrote to the same folder and said it
     threading.Thread(target=_die_with_parent, daemon=True).start()
     _job, _progress = job, progress
-    _tokenizer = load_tokenizer(tokenizer_path, eos_token)
+    _tokenizer = load_tokenizer(tokenizer_path, eos_token, is_tried=True)  # by the parent
 
 
 def _die_with_parent() -> None:

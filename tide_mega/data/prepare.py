@@ -2,7 +2,8 @@
 
 Units of work are cut from the input and tokenised side by side, each into shards of its own; a record on
 disk says that a unit is done, so that a killed preparation goes on with the units it had not finished.
-The index is written last. The output depends on the input and the options, not on the number of workers.
+The index is written last. A dataset that is prepared anew stays until the new one is whole. The output depends
+on the input and the options, not on the number of workers.
 """
 
 import os
@@ -14,12 +15,12 @@ from tqdm import tqdm
 from tide_mega.data.atomic import fingerprint_of, sha256_of
 from tide_mega.data.errors import DataError
 from tide_mega.data.index import DatasetIndex
-from tide_mega.data.inputs import Inputs, find_inputs
+from tide_mega.data.inputs import Inputs, describe_links, find_inputs
 from tide_mega.data.merge import describe_losses, merge
 from tide_mega.data.options import PrepareOptions, identity, validate_options
 from tide_mega.data.packing import dtype_for
 from tide_mega.data.pool import run_units
-from tide_mega.data.state import clean_up, examine, locked
+from tide_mega.data.state import clean_up, examine, finish_replacement, locked
 from tide_mega.data.tokenizer import load_tokenizer
 from tide_mega.data.units import Unit, plan_units
 from tide_mega.data.vocabulary import place_tokenizer, tokenizer_source
@@ -44,25 +45,32 @@ def prepare(options: PrepareOptions, *, log: Log = print, progress: bool = True)
     """
     validate_options(options)
     source = tokenizer_source(options)
-    inputs = find_inputs(options.inputs, options.suffixes)
+    inputs = find_inputs(options.inputs, options.suffixes, leave_out=Path(options.out))
     units = plan_units(inputs.files, options.unit_bytes)
     out = Path(options.out)
     identified = identity(options, None if source is None else sha256_of(source))
     with locked(out):
-        if examine(out, identified, _fingerprint(inputs, units), options.overwrite) == "complete":
+        folder, is_complete = examine(out, identified, _fingerprint(inputs, units), options.overwrite)
+        if is_complete:
             index = DatasetIndex.load(out)
             _refuse_skipped(index, options)
-            _clean_up(index, out)
+            clean_up(out, index)
             log(f"{out} is already prepared from the same input with the same options: nothing to do")
             return index
-        tokenizer_path = place_tokenizer(source, options, units, out, log)
+        if inputs.links:
+            log(describe_links(inputs.links))
+        if folder != out:
+            log(f"preparing anew in {folder}; what {out} holds stays until that is complete")
+        tokenizer_path = place_tokenizer(source, options, units, folder, log)
         tokenizer = load_tokenizer(tokenizer_path, options.eos_token)
         dtype_for(tokenizer.vocab_size)  # refuse a vocabulary beyond uint32 before any work
         base = fingerprint_of({"options": identified, "tokenizer": tokenizer.fingerprint})
         pairs = [(unit, fingerprint_of([base, unit.describe()])) for unit in units]
-        _tokenise(pairs, options, tokenizer_path, out, log, progress)
-        index = merge(inputs, units, tokenizer, tokenizer_path.name, identified, out)
-        _clean_up(index, out)
+        _tokenise(pairs, options, tokenizer_path, folder, log, progress)
+        index = merge(inputs, units, tokenizer, tokenizer_path.name, identified, folder)
+        clean_up(folder, index)
+        if folder != out:
+            finish_replacement(out)
         log(_summary(index, options))
         return index
 
@@ -80,10 +88,6 @@ def _refuse_skipped(index: DatasetIndex, options: PrepareOptions) -> None:
         )
 
 
-def _clean_up(index: DatasetIndex, out: Path) -> None:
-    clean_up(out, {shard.file for split in index.splits.values() for shard in split.shards})
-
-
 def _tokenise(
     pairs: list[tuple[Unit, str]],
     options: PrepareOptions,
@@ -99,6 +103,7 @@ def _tokenise(
     job = Job(
         out=str(out),
         text_key=options.text_key,
+        max_document_bytes=options.max_document_bytes,
         validation_fraction=options.validation_fraction,
         seed=options.seed,
         sample_tokens=options.sample_tokens,

@@ -1,118 +1,245 @@
-"""The folder a preparation writes: whose it is, whether it may be continued, and who is at it now."""
+"""The folder a preparation writes: whose it is, whether it may be continued, and who is at it now.
 
-import fcntl
-import json
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+Only what a preparation makes is ever removed, by its name, and only from a folder that is known to be one's.
+A dataset to be replaced stays while the new one is made in the folder `replacement` inside; once that has its
+index it is moved into place, which a later start finishes if this one is killed.
+"""
+
+import contextlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from tide_mega.config.errors import ConfigError
+from tide_mega.config.stored import parse_json
 from tide_mega.data import index as index_file
-from tide_mega.data.atomic import is_temporary, write_json
-from tide_mega.data.worker import UNITS_FOLDER
+from tide_mega.data.atomic import to_disk, unfinished, write_json
+from tide_mega.data.errors import DataError
+from tide_mega.data.index import DatasetIndex
+from tide_mega.data.packing import SHARD_NAME
+from tide_mega.data.worker import UNIT_FILE, UNITS_FOLDER
+from tide_mega.jobs.folder_lock import LOCK_FILE, FolderLock
 
 STATE_FILE = "prepare.json"
-_LOCK_FILE = ".lock"
-_WRITTEN = (  # in the order of removal
-    index_file.FILE_NAME,
-    "tokenizer.json",
-    "tokenizer.model",
-    "counts.npy",
-    "deciles.npy",
-    "deciles.json",
-    STATE_FILE,
-)
-State = Literal["new", "unfinished", "complete"]
+REPLACEMENT = "replacement"
+_OLD_LOCK = ".lock"
+"""What earlier versions leave."""
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+_WRITTEN = {
+    *(index_file.FILE_NAME, STATE_FILE, *_TOKENIZERS),
+    *("counts.npy", "deciles.npy", "deciles.json"),
+}
 
 
-@contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """Creates `out` and holds it against a second preparation; a killed holder's lock is gone with it.
+def locked(out: Path) -> FolderLock:
+    """Holds `out`, as a context, against a second preparation; creates it.
 
     Raises:
-        ConfigError: another process holds it, or `out` cannot be a folder.
+        FolderTakenError: another process holds it (on entering).
+        ConfigError: `out` cannot be a folder, or not be written.
     """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"out={out} cannot be made a folder: {error.strerror or error}") from error
-    with (out / _LOCK_FILE).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(
-                f"out={out} is being written by another preparation; wait for it or stop it"
-            ) from error
-        except OSError:
-            pass  # a file system without locks
-        yield
+    return FolderLock(out, "a preparation", key="out")
 
 
-def examine(out: Path, identity: dict[str, Any], inputs: str, overwrite: bool) -> State:
-    """Finds out what an earlier preparation left in `out`, and claims it for this one.
+def examine(out: Path, identity: dict[str, Any], inputs: str, overwrite: bool) -> tuple[Path, bool]:
+    """Finds out what an earlier preparation left in `out`, and claims it for this one. Removes no finished file.
 
     Args:
         out: the folder, locked.
         identity: the options on which the output depends.
         inputs: fingerprint of the input files.
-        overwrite: remove what was left rather than refuse or continue it.
+        overwrite: prepare anew rather than refuse or continue what was left.
+
+    Returns:
+        The folder to prepare in (`out`, or the one for what will replace its content), and whether a dataset of
+        these options and inputs is complete there.
 
     Raises:
         ConfigError: `out` holds other files, or a preparation with other options or inputs.
     """
-    for path in out.iterdir():
-        if is_temporary(path):
-            path.unlink(missing_ok=True)
-    if overwrite:
-        _remove(out)
     claimed = {"options": identity, "inputs": inputs}
-    state_path = out / STATE_FILE
-    if not state_path.is_file():
-        others = sorted(path.name for path in out.iterdir() if path.name != _LOCK_FILE)
-        if others:
-            raise ConfigError(
-                f"out={out} holds files of another origin ({', '.join(others[:3])}); name a new folder"
-            )
-        write_json(state_path, claimed)
-        return "new"
-    earlier = json.loads(state_path.read_text(encoding="utf-8"))
+    if (out / REPLACEMENT / index_file.FILE_NAME).is_file() and _is_own(out):
+        finish_replacement(out)
+        overwrite = overwrite and _read_state(out) != claimed
+    begun = [path.name for path in out.iterdir() if not _is_lock(path.name) and not _is_half_claim(path.name)]
+    if not begun:
+        write_json(out / STATE_FILE, claimed)
+        _remove_unfinished(out)
+        return out, False
+    if overwrite:
+        return _begin_replacement(out, claimed), False
+    if not (out / STATE_FILE).is_file():
+        raise _foreign(out, begun)
+    return out, _continue(out, claimed)
+
+
+def clean_up(folder: Path, index: DatasetIndex) -> None:
+    """Removes the records of the units and any shard of a preparation that the index does not name."""
+    named = _shards_of(index)
+    for path in folder.iterdir():
+        if SHARD_NAME.fullmatch(path.name) and path.name not in named:
+            path.unlink()
+    _remove_units(folder)
+
+
+def finish_replacement(out: Path) -> None:
+    """Moves the complete dataset in `out`/replacement to `out`; what it does not replace there goes.
+
+    Its index is moved last: until then the next start, or the next call, goes on from wherever this one ended.
+    """
+    new = out / REPLACEMENT
+    index = DatasetIndex.load(new)
+    if (new / STATE_FILE).is_file():  # first: `out` is known for a preparation's at every instant
+        (new / STATE_FILE).replace(out / STATE_FILE)
+    (out / index_file.FILE_NAME).unlink(missing_ok=True)  # which vouches for what is about to go
+    for path in sorted(new.iterdir()):
+        if path.name != index_file.FILE_NAME and path.is_file() and _is_made_by_preparation(path):
+            path.replace(out / path.name)
+    clean_up(out, index)
+    for name in _TOKENIZERS:
+        if name != index.tokenizer.file:
+            (out / name).unlink(missing_ok=True)
+    _remove_units(new)
+    to_disk(out)
+    (new / index_file.FILE_NAME).replace(out / index_file.FILE_NAME)
+    to_disk(out)
+    _remove_folder(new)
+
+
+def _continue(folder: Path, claimed: dict[str, Any]) -> bool:
+    """Takes up what an earlier preparation left; whether it is complete.
+
+    Raises:
+        ConfigError: it was another one.
+    """
+    earlier = _read_state(folder)
+    if earlier is None:
+        remedy = ", or pass overwrite=true to prepare it anew" if _is_own(folder) else ""
+        raise ConfigError(
+            f"{folder / STATE_FILE} is damaged and no longer says what out={folder} was prepared from. Name "
+            f"another folder{remedy}"
+        )
+    identity, was = claimed["options"], earlier["options"]
     changed = [
-        f"{name} was {earlier['options'].get(name)!r} and is now {value!r}"
+        f"{name} was {was[name]!r} and is now {value!r}"
         for name, value in identity.items()
-        if earlier["options"].get(name) != value
+        if name in was and was[name] != value  # an earlier version's note lacks what it did not know
     ]
-    complete = (out / index_file.FILE_NAME).is_file()
-    if earlier["inputs"] != inputs and complete:
+    is_complete = (folder / index_file.FILE_NAME).is_file()
+    has_other_inputs = earlier["inputs"] != claimed["inputs"]
+    if has_other_inputs and is_complete:
         changed.append("the input files are other ones or were modified")
     if changed:
         raise ConfigError(
-            f"out={out} was prepared differently: {'; '.join(changed)}. "
+            f"out={folder} was prepared differently: {'; '.join(changed)}. "
             "Name another folder, or pass overwrite=true to prepare it anew"
         )
-    if earlier["inputs"] != inputs:
+    _remove_unfinished(folder)
+    if has_other_inputs:
         # Units that are not affected stay; what depends on all of the input goes.
         if identity["bpe_train_bytes"] is not None:
-            (out / "tokenizer.json").unlink(missing_ok=True)
-        write_json(state_path, claimed)
-    return "complete" if complete else "unfinished"
+            (folder / "tokenizer.json").unlink(missing_ok=True)
+        write_json(folder / STATE_FILE, claimed)
+    return is_complete
 
 
-def clean_up(out: Path, shards: set[str]) -> None:
-    """Removes the records of the units and any shard that the index does not name."""
-    for path in out.glob("*.tar"):
-        if path.name not in shards:
-            path.unlink()
-    shutil.rmtree(out / UNITS_FOLDER, ignore_errors=True)
+def _begin_replacement(out: Path, claimed: dict[str, Any]) -> Path:
+    """The folder for what will replace the content of `out`: one begun with the same options, or an empty one.
+
+    Raises:
+        ConfigError: `out` holds anything that no preparation made.
+    """
+    others = sorted(path.name for path in out.iterdir() if not _is_made_by_preparation(path))
+    if others or not _is_own(out):
+        raise _foreign(out, others or [path.name for path in out.iterdir() if not _is_lock(path.name)])
+    _remove_unfinished(out)
+    new = out / REPLACEMENT
+    if new.is_dir():
+        try:
+            _continue(new, claimed)
+            return new
+        except ConfigError:
+            _remove_units(new)
+            for path in new.iterdir():
+                path.unlink()
+    new.mkdir(exist_ok=True)
+    write_json(new / STATE_FILE, claimed)
+    return new
 
 
-def _remove(out: Path) -> None:
-    """Removes what a preparation writes and nothing else; the index first, as it vouches for the rest."""
-    for name in _WRITTEN[:-1]:
-        (out / name).unlink(missing_ok=True)
-    for split in index_file.SPLITS:
-        for path in out.glob(f"{split}-[0-9]*.tar"):
-            path.unlink()
-    shutil.rmtree(out / UNITS_FOLDER, ignore_errors=True)
-    (out / STATE_FILE).unlink(missing_ok=True)
+def _foreign(out: Path, names: list[str]) -> ConfigError:
+    return ConfigError(
+        f"out={out} holds files of another origin ({', '.join(sorted(names)[:3])}), which are never removed; "
+        "name a new folder"
+    )
+
+
+def _read_state(folder: Path) -> dict[str, Any] | None:
+    """What was prepared in `folder`: options and inputs; None where there is no note of it that can be read."""
+    try:
+        state = parse_json((folder / STATE_FILE).read_text(encoding="utf-8"))
+        return {"options": dict(state["options"]), "inputs": str(state["inputs"])}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _is_own(out: Path) -> bool:
+    """Whether a preparation made `out`: names such as tokenizer.json do not tell, others use them too."""
+    if _read_state(out) is not None:
+        return True
+    try:
+        DatasetIndex.load(out)
+    except (DataError, OSError):
+        return False
+    return True
+
+
+def _is_lock(name: str) -> bool:
+    return name in (LOCK_FILE, _OLD_LOCK) or name.startswith(f".{LOCK_FILE}.")
+
+
+def _is_half_claim(name: str) -> bool:
+    return unfinished(name) == STATE_FILE
+
+
+def _is_made_by_preparation(path: Path) -> bool:
+    """Whether a preparation gives such a name to such a thing; it makes no links."""
+    if path.is_symlink():
+        return False
+    if path.is_dir():
+        if path.name == UNITS_FOLDER:
+            return all(_is_file_named(inner, UNIT_FILE.fullmatch) for inner in path.iterdir())
+        return path.name == REPLACEMENT and all(_is_made_by_preparation(inner) for inner in path.iterdir())
+    return _is_lock(path.name) or _is_file_named(
+        path, lambda name: name in _WRITTEN or SHARD_NAME.fullmatch(name)
+    )
+
+
+def _is_file_named(path: Path, is_name: Callable[[str], object]) -> bool:
+    """Whether it is a file of such a name, or what a killed writer of one left."""
+    return path.is_file() and not path.is_symlink() and bool(is_name(unfinished(path.name) or path.name))
+
+
+def _remove_unfinished(folder: Path) -> None:
+    for path in folder.iterdir():
+        if unfinished(path.name) is not None and _is_made_by_preparation(path):
+            path.unlink(missing_ok=True)
+
+
+def _remove_units(folder: Path) -> None:
+    units = folder / UNITS_FOLDER
+    if not units.is_dir() or units.is_symlink():
+        return
+    for path in units.iterdir():
+        if _is_file_named(path, UNIT_FILE.fullmatch):
+            path.unlink(missing_ok=True)
+    _remove_folder(units)
+
+
+def _remove_folder(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # another's file is in it, or one that is open elsewhere over NFS
+        folder.rmdir()
+
+
+def _shards_of(index: DatasetIndex) -> set[str]:
+    return {shard.file for split in index.splits.values() for shard in split.shards}

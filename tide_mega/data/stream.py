@@ -10,6 +10,7 @@ import logging
 import os
 from bisect import bisect_right
 from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,8 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tide_mega.config.errors import ConfigError
+from tide_mega.config.paths import regular_file
+from tide_mega.config.schema import DataConfig
 from tide_mega.data.atomic import fingerprint_of, sha256_of
-from tide_mega.data.errors import DataError
+from tide_mega.data.errors import DataError, UnreadableShardError
 from tide_mega.data.index import DatasetIndex, ShardRecord
 
 _OPEN_SHARDS = 256
@@ -26,7 +29,11 @@ _OPEN_SHARDS = 256
 
 
 class TokenStream:
-    """The tokens of a split, in the order of its shards; `window(i)` reads T + 1 of them."""
+    """The tokens of a split, in the order of its shards; `window(i)` reads T + 1 of them.
+
+    A shard that is skipped keeps its place: which tokens window `i` holds depends on the dataset alone, and not on
+    what of it can be read today.
+    """
 
     def __init__(
         self,
@@ -37,8 +44,10 @@ class TokenStream:
         seq_length: int,
         *,
         skips_bad: bool = False,
+        bad: Mapping[str, str] | None = None,
     ) -> None:
-        """Reads `shards` of `folder`, which are taken to be sound; `open` is the way in."""
+        """Reads `shards` of `folder` but those that are `bad`, by file with why; `open` is the way in."""
+        self._bad = dict(bad or {})
         self.skips_bad = skips_bad
         """Whether a window that cannot be read is to be left out rather than to end the run."""
         self.split = split
@@ -57,7 +66,32 @@ class TokenStream:
         self.fingerprint = fingerprint_of(
             [index.tokenizer.fingerprint, split, seq_length, [shard.sha256 for shard in shards]]
         )
-        """What is read, shards that were skipped left out: equal fingerprints give equal windows."""
+        """What the dataset holds, shards that are skipped included: equal fingerprints give equal windows."""
+        self.skipped_tokens = sum(shard.tokens for shard in shards if shard.file in self._bad)
+        """Tokens of the shards that are skipped."""
+
+    @classmethod
+    def of_run(
+        cls,
+        data: DataConfig,
+        split: str,
+        *,
+        folder: Path | str | None = None,
+        logger: logging.Logger | None = None,
+    ) -> "TokenStream":
+        """Opens a split as the run with this configuration does; `folder` is where its dataset lies now.
+
+        Raises:
+            ConfigError, DataError: as `open`.
+        """
+        return cls.open(
+            folder or data.path,
+            split,
+            data.seq_length,
+            verify=data.verify,
+            on_bad_shard=data.on_bad_shard,
+            logger=logger,
+        )
 
     @classmethod
     def open(
@@ -76,8 +110,8 @@ class TokenStream:
             split: train or validation.
             seq_length: T.
             verify: how each shard is checked first: size, or checksum (reads all of it).
-            on_bad_shard: fail, or skip: leave a bad shard out, with a warning that names it; of one that goes
-                bad later, the windows that cannot be read.
+            on_bad_shard: fail, or skip: a bad shard is named in a warning, and its windows, as those of one that
+                goes bad later, raise when they are read.
             logger: receives the warnings.
 
         Raises:
@@ -97,12 +131,14 @@ class TokenStream:
         if split not in index.splits:
             raise DataError(f"{folder} has no split {split!r}; it has {', '.join(index.splits)}")
         logger = logger or logging.getLogger(__name__)
-        sound: list[ShardRecord] = []
-        for shard in index.splits[split].shards:
+        shards = index.splits[split].shards
+        bad: dict[str, str] = {}
+        for shard in shards:
             problem = check_shard(folder, shard, verify)
             if problem is None:
-                sound.append(shard)
-            elif on_bad_shard == "skip":
+                continue
+            bad[shard.file] = problem
+            if on_bad_shard == "skip":
                 logger.warning(
                     "shard %s %s: skipped, %s tokens left out",
                     folder / shard.file,
@@ -112,12 +148,12 @@ class TokenStream:
             else:
                 raise DataError(
                     f"shard {folder / shard.file} {problem}; copy it again or prepare the data again, or "
-                    "pass data.on_bad_shard=skip to go on without it"
+                    "train with data.on_bad_shard=skip to go on without it"
                 )
-        stream = cls(folder, index, split, sound, seq_length, skips_bad=on_bad_shard == "skip")
-        if stream.num_tokens < 2:
+        stream = cls(folder, index, split, shards, seq_length, skips_bad=on_bad_shard == "skip", bad=bad)
+        if (readable := stream.num_tokens - stream.skipped_tokens) < 2:
             raise DataError(
-                f"the {split} split of {folder} holds {stream.num_tokens} readable tokens, and one "
+                f"the {split} split of {folder} holds {readable} readable tokens, and one "
                 "prediction needs two; prepare more text"
                 + (" or a larger validation_fraction" if split == "validation" else "")
             )
@@ -125,8 +161,13 @@ class TokenStream:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens in the stream."""
+        """Tokens in the stream, those of skipped shards included."""
         return int(self._starts[-1])
+
+    @property
+    def bad_shards(self) -> list[str]:
+        """Files of the shards that are skipped, in the order of the stream."""
+        return list(self._bad)
 
     def __len__(self) -> int:
         """Whole windows: window i holds the tokens i T … (i + 1) T, so neighbours share one token."""
@@ -137,7 +178,7 @@ class TokenStream:
 
         Raises:
             IndexError: there is no token to predict in window `i`.
-            DataError: a shard that was sound can no longer be read.
+            UnreadableShardError: a shard is skipped, or was sound and can no longer be read.
         """
         start = i * self.seq_length
         if not 0 <= start < self.num_tokens - 1:
@@ -148,7 +189,7 @@ class TokenStream:
         """Tokens at the positions start … stop - 1 of the stream, [stop - start].
 
         Raises:
-            DataError: a shard that was sound can no longer be read.
+            UnreadableShardError: a shard is skipped, or was sound and can no longer be read.
         """
         out = np.empty(stop - start, np.int64)
         sample = bisect_right(self._starts, start) - 1
@@ -164,7 +205,9 @@ class TokenStream:
         return out
 
     def _read(self, shard: int, first: int, size: int) -> bytes:
-        path = self._folder / self._files[shard]
+        file = self._files[shard]
+        if file in self._bad:
+            raise UnreadableShardError(f"shard {self._folder / file} {self._bad[file]}", file)
         raw = b""
         try:
             descriptor = self._file(shard).fileno()
@@ -172,10 +215,10 @@ class TokenStream:
                 raw += more
         except OSError as error:
             self._forget(shard)
-            raise _unreadable(path, error.strerror or str(error)) from error
+            raise self._unreadable(file, error.strerror or str(error)) from error
         if len(raw) < size:
             self._forget(shard)
-            raise _unreadable(path, f"it ends at byte {first + len(raw):,}")
+            raise self._unreadable(file, f"it ends at byte {first + len(raw):,}")
         return raw
 
     def _file(self, shard: int) -> BinaryIO:
@@ -187,6 +230,13 @@ class TokenStream:
         self._open[shard] = (self._folder / self._files[shard]).open("rb", buffering=0)
         return self._open[shard]
 
+    def _unreadable(self, file: str, why: str) -> UnreadableShardError:
+        return UnreadableShardError(
+            f"shard {self._folder / file} can no longer be read ({why}); bring it back and start again, or "
+            "train with data.on_bad_shard=skip to go on without what cannot be read",
+            file,
+        )
+
     def _forget(self, shard: int) -> None:
         if shard in self._open:
             self._open.pop(shard).close()
@@ -194,13 +244,6 @@ class TokenStream:
     def __getstate__(self) -> dict[str, Any]:
         """All but the open files: another process opens them itself."""
         return {**self.__dict__, "_open": OrderedDict()}
-
-
-def _unreadable(path: Path, why: str) -> DataError:
-    return DataError(
-        f"shard {path} can no longer be read ({why}); bring it back and start again, or pass "
-        "data.on_bad_shard=skip to go on without what cannot be read"
-    )
 
 
 def check_shard(folder: Path, shard: ShardRecord, verify: str) -> str | None:
@@ -213,7 +256,7 @@ def check_shard(folder: Path, shard: ShardRecord, verify: str) -> str | None:
     """
     path = folder / shard.file
     try:
-        size = path.stat().st_size
+        size = regular_file(folder, shard.file).stat().st_size
         if size != shard.bytes:
             kind = "truncated" if size < shard.bytes else "altered"
             return f"is {kind}: it has {size:,} bytes, and the index says {shard.bytes:,}"
@@ -221,6 +264,8 @@ def check_shard(folder: Path, shard: ShardRecord, verify: str) -> str | None:
             return "is altered: its SHA-256 is not the one in the index"
     except FileNotFoundError:
         return "is missing"
+    except ValueError:
+        return "is a link, or no file: only regular files in the dataset's own folder are read"
     except OSError as error:
         return f"cannot be read ({error.strerror or error})"
     return None

@@ -16,23 +16,22 @@ from tide_mega.config.errors import ConfigError
 from tide_mega.data.batch import IGNORE_LABEL, TokenBatch
 from tide_mega.data.documents import BadRecord, read_piece
 from tide_mega.data.errors import DataError
-from tide_mega.data.inputs import InputFile, Kind
+from tide_mega.data.inputs import InputFile, kinds_by_suffix, suffix_of
+from tide_mega.data.lines import MAX_DOCUMENT_BYTES
 from tide_mega.data.tokenizer import Tokenizer
 from tide_mega.data.units import Piece
 
 TEXT_KEY = "text"
-"""Of a JSON line's document."""
-_JSONL: dict[str, Kind] = {".jsonl.zst": "jsonl.zst", ".jsonl": "jsonl"}
+"""Of a JSON line, and column of a parquet file."""
+_KINDS = kinds_by_suffix()
 _CHARACTERS_PER_TOKEN, _MARGIN_TOKENS = 8, 64
 
 
 def text_name(path: Path | str) -> str:
     """Return what results of a text file are called: its name without suffix."""
     name = Path(path).name
-    for suffix in _JSONL:
-        if name.lower().endswith(suffix):
-            return name[: -len(suffix)] or name
-    return Path(path).stem
+    suffix = suffix_of(name, _KINDS)
+    return Path(path).stem if suffix is None else name[: -len(suffix)] or name
 
 
 @dataclass(frozen=True)
@@ -47,14 +46,23 @@ class TextSet:
 
     @classmethod
     def load(
-        cls, path: Path | str, tokenizer: Tokenizer, *, max_tokens: int = 0, vocab_size: int | None = None
+        cls,
+        path: Path | str,
+        tokenizer: Tokenizer,
+        *,
+        max_tokens: int = 0,
+        max_document_bytes: int = MAX_DOCUMENT_BYTES,
+        vocab_size: int | None = None,
     ) -> "TextSet":
-        """Read a UTF-8 text as one document, or .jsonl and .jsonl.zst (key `text`) as documents with EOS between.
+        """Read a UTF-8 text as one document, JSON lines and parquet (`text`) as documents with EOS between.
+
+        The suffixes are those of data preparation; any other one is taken for plain text.
 
         Args:
             path: the file.
             tokenizer: the model's.
             max_tokens: tokens taken from the beginning; 0 takes all.
+            max_document_bytes: a longer document, decompressed, is refused.
             vocab_size: the model's, if the ids are to be checked.
 
         Raises:
@@ -67,7 +75,7 @@ class TextSet:
         ids: list[NDArray[np.int64]] = [np.empty(0, np.int64)]
         widths: list[NDArray[np.float64]] = [np.empty(0)]
         count = 0
-        for text in _documents(path):
+        for text in _documents(path, max_document_bytes):
             if count > 0:
                 ids.append(np.array([tokenizer.eos_id], np.int64))
                 widths.append(np.zeros(1))
@@ -117,7 +125,13 @@ class TextSet:
 
 
 def load_texts(
-    paths: Sequence[str], tokenizer: Tokenizer, *, max_tokens: int, key: str, vocab_size: int | None = None
+    paths: Sequence[str],
+    tokenizer: Tokenizer,
+    *,
+    max_tokens: int,
+    key: str,
+    max_document_bytes: int = MAX_DOCUMENT_BYTES,
+    vocab_size: int | None = None,
 ) -> list[TextSet]:
     """Load the texts that the option `key` lists; see `TextSet.load`.
 
@@ -129,7 +143,13 @@ def load_texts(
     for path in paths:
         if not Path(path).is_file():
             raise ConfigError(f"{key} has {path}, which is not a file: give one that is, or leave it out.")
-        text = TextSet.load(path, tokenizer, max_tokens=max_tokens, vocab_size=vocab_size)
+        text = TextSet.load(
+            path,
+            tokenizer,
+            max_tokens=max_tokens,
+            max_document_bytes=max_document_bytes,
+            vocab_size=vocab_size,
+        )
         if text.name in texts:
             raise ConfigError(
                 f"{key} has two files called {text.name}, {path} the second, and results go by that name: "
@@ -139,16 +159,17 @@ def load_texts(
     return list(texts.values())
 
 
-def _documents(path: Path) -> Iterator[str]:
+def _documents(path: Path, longest: int) -> Iterator[str]:
     """Documents with text."""
-    kinds = [kind for suffix, kind in _JSONL.items() if path.name.lower().endswith(suffix)]
-    kind: Kind = kinds[0] if kinds else "text"
+    suffix = suffix_of(path.name, _KINDS)
+    kind = "text" if suffix is None else _KINDS[suffix]
     status = path.stat()
     file = InputFile(str(path), str(path), kind, status.st_size, status.st_mtime_ns)
-    for record in read_piece(Piece(file, 0, None, status.st_size), TEXT_KEY, lambda _: None):
+    for record in read_piece(Piece(file, 0, None, status.st_size), TEXT_KEY, lambda _: None, longest):
         if isinstance(record, BadRecord):
             raise DataError(
-                f"the text {record.source} {record.reason}: give UTF-8 text, or JSON lines with a {TEXT_KEY!r}."
+                f"the text {record.source} {record.reason}: give UTF-8 text, or JSON lines or parquet with "
+                f"a {TEXT_KEY!r}."
             )
         if record.text:
             yield record.text

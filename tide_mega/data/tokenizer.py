@@ -4,6 +4,7 @@ Text is only ever text: what looks like a special token inside a document is enc
 characters, and nothing is added at either end.
 """
 
+import codecs
 import hashlib
 import json
 import re
@@ -16,10 +17,14 @@ import tokenizers
 from numpy.typing import NDArray
 
 from tide_mega.config.errors import ConfigError
+from tide_mega.data.trial import try_tokenizer
 
 EOS_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 """Names tried, in this order, for the end-of-document token of a tokenizer.json."""
 _FILE_NAMES = ("tokenizer.json", "tokenizer.model")
+_SUFFIXES = (".json", ".model")
+MOST_TYPES = 2**24
+"""Ids stay below it: counts, deciles and a model's rows have a place for each."""
 
 
 class Tokenizer(ABC):
@@ -51,15 +56,26 @@ class Tokenizer(ABC):
         return self.token_bytes(token_id).decode("utf-8", errors="replace")
 
 
-def load_tokenizer(path: Path | str, eos_token: str | None = None) -> Tokenizer:
+def load_tokenizer(path: Path | str, eos_token: str | None = None, *, is_tried: bool = False) -> Tokenizer:
     """Loads a HF tokenizer.json, a Llama-3 tokenizer.model, or the one of these in a folder.
 
+    The libraries end the process on some files: each content is tried in a child process once, which takes about
+    as long again as loading it. `is_tried` says that the process which started this one has done so.
+
     Raises:
-        ConfigError: there is no such file, it is of another kind, or has no EOS token.
+        ConfigError: there is no such file, it is of another kind, has no EOS token or an absurd id, or cannot be
+            loaded within the limits of `trial`.
     """
     path = find_tokenizer(path)
     if not path.is_file():
         raise ConfigError(f"tokenizer={path} does not exist; give a tokenizer.json or a tokenizer.model")
+    if not is_tried and path.suffix in _SUFFIXES:
+        try_tokenizer(path, eos_token)
+    return load_untried(path, eos_token)
+
+
+def load_untried(path: Path, eos_token: str | None) -> Tokenizer:
+    """Loads a tokenizer's file here and now; see `load_tokenizer`."""
     if path.suffix == ".json":
         return HFTokenizer(path, eos_token)
     if path.suffix == ".model":
@@ -84,15 +100,16 @@ class HFTokenizer(Tokenizer):
 
     def __init__(self, path: Path, eos_token: str | None = None) -> None:
         try:
-            self._inner = tokenizers.Tokenizer.from_file(str(path))
-            description = json.loads(path.read_text(encoding="utf-8"))
+            content = path.read_text(encoding="utf-8-sig")
+            self._inner = tokenizers.Tokenizer.from_str(content)
+            description = json.loads(content)
         except Exception as error:  # the library raises Exception itself
             raise ConfigError(f"tokenizer={path} is not a readable tokenizer.json: {error}") from error
         self._inner.no_truncation()
         self._inner.no_padding()
         self._inner.encode_special_tokens = True  # leave special tokens in text unparsed
         vocabulary = self._inner.get_vocab(with_added_tokens=True)
-        self.vocab_size = max(vocabulary.values()) + 1
+        self.vocab_size = _sane_size(path, max(vocabulary.values(), default=-1) + 1)
         added = self._inner.get_added_tokens_decoder()
         self._added = {index: token.content for index, token in added.items()}
         self.eos_id = _find_eos(path, vocabulary, eos_token)
@@ -122,12 +139,21 @@ class HFTokenizer(Tokenizer):
         if piece is None:
             return b""
         if self._byte_level:
-            return b"".join(_BYTE_OF_CHARACTER.get(character, character.encode()) for character in piece)
+            return b"".join(BYTE_OF_CHARACTER.get(character, character.encode()) for character in piece)
         if byte := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", piece):
             return bytes.fromhex(byte[1])
         if self._word_piece:
             return piece.removeprefix("##").encode()
         return piece.replace("\N{LOWER ONE EIGHTH BLOCK}", " ").encode()
+
+
+def _sane_size(path: Path, size: int) -> int:
+    if size > MOST_TYPES:
+        raise ConfigError(
+            f"tokenizer={path} has a token of id {size - 1:,}, and ids stay below {MOST_TYPES:,}: it is damaged, "
+            "or made to take all memory; take it from its source."
+        )
+    return size
 
 
 def _find_eos(path: Path, vocabulary: dict[str, int], eos_token: str | None) -> int:
@@ -150,7 +176,8 @@ def _byte_level_alphabet() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
 
 
-_BYTE_OF_CHARACTER = {character: bytes([byte]) for character, byte in _byte_level_alphabet().items()}
+BYTE_OF_CHARACTER = {character: bytes([byte]) for character, byte in _byte_level_alphabet().items()}
+"""What the characters of byte-level BPE stand for."""
 
 
 class Llama3Tokenizer(Tokenizer):
@@ -184,14 +211,14 @@ class Llama3Tokenizer(Tokenizer):
     def __init__(self, path: Path, eos_token: str | None = None) -> None:
         import tiktoken
 
-        ranks = _read_ranks(path)
+        self.ranks = ranks = _read_ranks(path)
         # Llama 3.1's reserved tokens go on from number 2 after the named ones.
         reserved = (f"<|reserved_special_token_{2 + i}|>" for i in range(self.NUM_SPECIAL - len(self._NAMED)))
         special = {name: len(ranks) + i for i, name in enumerate((*self._NAMED, *reserved))}
         self._inner = tiktoken.Encoding(
             name="llama3", pat_str=self.PATTERN, mergeable_ranks=ranks, special_tokens=special
         )
-        self.vocab_size = len(ranks) + self.NUM_SPECIAL
+        self.vocab_size = _sane_size(path, len(ranks) + self.NUM_SPECIAL)
         self.eos_id = _find_eos(path, special, eos_token)
         self.special_ids = frozenset(special.values())
         self.fingerprint = _fingerprint(path, self.eos_id)
@@ -228,7 +255,7 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
     import base64
 
     ranks: dict[bytes, int] = {}
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+    for number, line in enumerate(path.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines(), start=1):
         try:
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)

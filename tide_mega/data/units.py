@@ -1,6 +1,7 @@
 """Cutting the input into units of work: the same whatever the number of workers."""
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet
@@ -24,6 +25,11 @@ class Piece:
     size: int
     """Bytes, for the balance of units and for the progress bar."""
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is all of its file."""
+        return self.start == 0 and self.stop in (None, self.file.size)
+
 
 @dataclass(frozen=True)
 class Unit:
@@ -42,6 +48,8 @@ class Unit:
         described = [asdict(piece) for piece in self.pieces]
         for piece in described:
             del piece["file"]["path"]
+            if not piece["file"]["problem"]:
+                del piece["file"]["problem"]
         return described
 
 
@@ -69,6 +77,8 @@ def plan_units(files: list[InputFile], unit_bytes: int) -> list[Unit]:
 
 
 def _cut(file: InputFile, unit_bytes: int) -> list[Piece]:
+    if file.problem:
+        return [Piece(file, 0, None, file.size)]
     if file.kind == "jsonl":
         starts = range(0, file.size, unit_bytes)
         stops = [min(start + unit_bytes, file.size) for start in starts]
@@ -80,9 +90,13 @@ def _cut(file: InputFile, unit_bytes: int) -> list[Piece]:
 
 def _cut_parquet(file: InputFile, unit_bytes: int) -> list[Piece]:
     try:
-        metadata = pyarrow.parquet.read_metadata(file.path)
+        # Opened here: pyarrow takes a path for a URI where it looks like one, and only a path in UTF-8.
+        with Path(file.path).open("rb") as opened:
+            metadata = pyarrow.parquet.read_metadata(opened)
     except (pyarrow.ArrowException, OSError):
         return [Piece(file, 0, None, file.size)]  # its reader meets the same error and reports it
+    if metadata.num_rows == 0:
+        return [Piece(file, 0, None, file.size)]
     pieces: list[Piece] = []
     start = size = 0
     for group in range(metadata.num_row_groups):

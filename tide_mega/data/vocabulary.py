@@ -8,12 +8,32 @@ import numpy as np
 from tide_mega.data.atomic import sha256_of, write_bytes
 from tide_mega.data.bpe import train_bpe
 from tide_mega.data.documents import Document, read_piece
+from tide_mega.data.errors import DataError
+from tide_mega.data.index import DatasetIndex
 from tide_mega.data.options import PrepareOptions, bpe_size
-from tide_mega.data.tokenizer import find_tokenizer, load_tokenizer
+from tide_mega.data.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 from tide_mega.data.units import Unit
 from tide_mega.data.worker import split_of
 
 _FEWEST_BYTES_READ = 2**20
+
+
+def dataset_tokenizer(folder: Path) -> Tokenizer:
+    """Loads the tokenizer of a prepared dataset.
+
+    Raises:
+        DataError: the dataset's index cannot be read, or the file is another than the one that made its tokens.
+        ConfigError: the file is no tokenizer that can be loaded.
+    """
+    index = DatasetIndex.load(folder)
+    tokenizer = load_tokenizer(folder / index.tokenizer.file, index.options.get("eos_token"))
+    recorded = index.tokenizer
+    if (tokenizer.fingerprint, tokenizer.vocab_size) != (recorded.fingerprint, recorded.vocab_size):
+        raise DataError(
+            f"{folder / recorded.file} is not the tokenizer that made the tokens beside it: put that one back, or "
+            "prepare the data again."
+        )
+    return tokenizer
 
 
 def tokenizer_source(options: PrepareOptions) -> Path | None:
@@ -69,7 +89,8 @@ def _beginning(unit: Unit, options: PrepareOptions, limit: int) -> Iterator[str]
     """Training texts from the start of a unit until `limit` bytes are reached."""
     size = 0
     for piece in unit.pieces:
-        for record in read_piece(piece, options.text_key, lambda count: None):
+        records = read_piece(piece, options.text_key, lambda count: None, options.max_document_bytes)
+        for record in records:
             if not isinstance(record, Document) or not record.text:
                 continue
             if split_of(record.text, options.seed, options.validation_fraction) == "train":

@@ -1,6 +1,6 @@
 """Tokenising one unit of work into its own shards; what each process of the preparation runs."""
 
-import json
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tide_mega.config.stored import parse_json
 from tide_mega.data.atomic import atomic_writer, write_json
 from tide_mega.data.documents import BadRecord, read_piece
 from tide_mega.data.errors import DataError
@@ -19,6 +20,8 @@ from tide_mega.data.tokenizer import Tokenizer
 from tide_mega.data.units import Unit
 
 UNITS_FOLDER = "units"
+UNIT_FILE = re.compile(r"\d{6,}\.(json|counts\.npy)")
+"""Names in it."""
 LISTED = 100
 """How many bad records or empty files are named; the rest are counted."""
 _BATCH_CHARACTERS = 2**20
@@ -30,6 +33,7 @@ class Job:
 
     out: str
     text_key: str
+    max_document_bytes: int
     validation_fraction: float
     seed: int
     sample_tokens: int
@@ -48,6 +52,8 @@ class UnitResult:
     bad_strict: int = 0
     """Bad records that `on_bad_file=fail` would not have let pass."""
     bad: list[dict[str, str]] = field(default_factory=list)
+    empty_files: list[str] = field(default_factory=list)
+    """Names of files with blank lines or no rows alone."""
 
     def save(self, out: Path, number: int) -> None:
         """Writes the record; its presence says that the unit is done."""
@@ -55,15 +61,19 @@ class UnitResult:
 
     @classmethod
     def load(cls, out: Path, number: int) -> "UnitResult | None":
-        """Reads a record, or None when there is none."""
+        """Reads a record, or None when there is none, or none that can be read: the unit is then done again."""
         path = record_path(out, number)
         if not path.is_file():
             return None
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        splits = {
-            name: [shard_from_json(shard) for shard in shards] for name, shards in content["splits"].items()
-        }
-        return cls(**{**content, "splits": splits})
+        try:
+            content: dict[str, Any] = parse_json(path.read_text(encoding="utf-8"))
+            splits = {
+                name: [shard_from_json(shard) for shard in shards]
+                for name, shards in content["splits"].items()
+            }
+            return cls(**{**content, "splits": splits})
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return None
 
 
 def record_path(out: Path, number: int) -> Path:
@@ -139,7 +149,9 @@ def _read(
         characters = 0
 
     for piece in unit.pieces:
-        for record in read_piece(piece, job.text_key, on_bytes):
+        has_records = False
+        for record in read_piece(piece, job.text_key, on_bytes, job.max_document_bytes):
+            has_records = True
             if isinstance(record, BadRecord):
                 _note_bad(record, result, skip=job.skip_bad or piece.file.lenient, lenient=piece.file.lenient)
             elif not record.text:
@@ -149,6 +161,8 @@ def _read(
                 characters += len(record.text)
                 if characters >= _BATCH_CHARACTERS:
                     flush()
+        if not has_records and piece.is_whole:
+            result.empty_files.append(piece.file.name)
     flush()
 
 

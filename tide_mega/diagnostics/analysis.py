@@ -1,6 +1,5 @@
 """What every diagnostic gets: the runs, the options, and models of their checkpoints, one at a time."""
 
-import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,14 +8,15 @@ from torch import Tensor
 from tide_mega.config.errors import ConfigError
 from tide_mega.data.batch import TokenBatch
 from tide_mega.data.loader import validation_batches
-from tide_mega.data.stream import TokenStream
+from tide_mega.data.texts import TextSet
 from tide_mega.diagnostics.options import AnalyzeOptions
 from tide_mega.parallel.device import Device
 from tide_mega.plotting.lines import Line, lines
 from tide_mega.trained.model import TrainedModel
 from tide_mega.trained.run import StoredWeights, TrainedRun, open_runs
 
-log = logging.getLogger(__name__)
+HELD_OUT = "held-out"
+"""What the held-out split is called among texts."""
 
 
 class SkippedError(Exception):
@@ -75,20 +75,20 @@ class Analysis:
         """Return a checkpoint's model; the one before is forgotten, so that one at a time is in memory."""
         weights = weights or run.weights
         if self._open is None or self._open[:2] != (run, weights):
-            self._open = None
-            self.device.free_memory()
+            self.forget_model()
             model = TrainedModel(run, self.device, weights=weights, precision=self.options.precision)
             self._open = (run, weights, model)
         return self._open[2]
 
+    def forget_model(self) -> None:
+        """Give back the memory of the model that `model` returned last."""
+        self._open = None
+        self.device.free_memory()
+
     def held_out(self, run: TrainedRun) -> list[TokenBatch]:
         """Return `options.sequences` held-out sequences of the run's dataset, the same for every run of it."""
-        data = run.config.data
-        stream = TokenStream.open(
-            run.data, "validation", data.seq_length, on_bad_shard=data.on_bad_shard, logger=log
-        )
         batches = validation_batches(
-            stream,
+            run.open_text("validation"),
             seed=self.options.seed,
             sequences=self.options.sequences,
             micro_batch_size=self.options.batch,
@@ -96,6 +96,29 @@ class Analysis:
             dp_size=1,
         )
         return list(batches)
+
+    def texts(self, run: TrainedRun) -> dict[str, list[TokenBatch]]:
+        """Return the held-out split and each of `options.texts` by name, two files of one name told apart.
+
+        Raises:
+            ConfigError: a file is not there.
+            DataError: one cannot be read.
+        """
+        options, config = self.options, run.config
+        texts = {HELD_OUT: self.held_out(run)}
+        for path in options.texts:
+            text = TextSet.load(
+                path,
+                run.tokenizer,
+                max_tokens=options.text_tokens,
+                max_document_bytes=options.max_document_bytes,
+                vocab_size=config.model.vocab_size,
+            )
+            name, number = text.name, 2
+            while name in texts:
+                name, number = f"{text.name} ({number})", number + 1
+            texts[name] = list(text.batches(config.data.seq_length, options.batch))
+        return texts
 
     def held_out_rows(self, run: TrainedRun, number: int) -> list[Tensor]:
         """Return the tokens [T] of the first `number` of `held_out` that no padding fills up, or of all there are.

@@ -121,9 +121,6 @@ def run(analysis: Analysis) -> Section:
         each = ", ".join(f"K = {number}" for number in twice)
         notes.append(f"Where runs have the same K ({each}), their mean is shown.")
     return Section(
-        name="blocks",
-        shows="Figure 7",
-        title="Rare, mid and common tokens against the number of memory blocks",
         paper=PAPER,
         findings=tuple(describe(data)),
         tables={"blocks": blocks_table(data), "runs": runs_table(pairs)},

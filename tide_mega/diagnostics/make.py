@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import tide_mega
+from tide_mega.config.errors import StatedError
+from tide_mega.config.urls import without_credentials
 from tide_mega.data.atomic import fingerprint_of, sha256_of
 from tide_mega.diagnostics.analysis import Analysis, SkippedError
 from tide_mega.diagnostics.registry import DIAGNOSTICS, Diagnostic
@@ -36,14 +38,14 @@ def make(analysis: Analysis, diagnostics: list[Diagnostic]) -> list[Missing]:
     for number, diagnostic in enumerate(diagnostics, start=1):
         say = f"{number}/{len(diagnostics)} {diagnostic.name} ({diagnostic.shows})"
         identity = identity_of(analysis, diagnostic)
-        found = load(out / diagnostic.name)
+        found = load(out / diagnostic.name, diagnostic)
         if found is not None and found.identity == identity and not analysis.options.fresh:
             log.info("%s: kept from before", say)
             continue
         start = time.monotonic()
         try:
             section = diagnostic.load()(analysis)
-            saved = save(section, out / diagnostic.name, identity, time.monotonic() - start)
+            saved = save(section, diagnostic, out / diagnostic.name, identity, time.monotonic() - start)
             log.info("%s: %.1f s", say, saved.seconds)
             for finding in saved.findings:
                 log.info("    %s", finding)
@@ -51,10 +53,10 @@ def make(analysis: Analysis, diagnostics: list[Diagnostic]) -> list[Missing]:
             log.info("%s: not shown, %s", say, reason)
             missing.append(Missing(diagnostic.name, diagnostic.shows, str(reason)))
         except Exception as error:
-            log.error("%s failed\n%s", say, traceback.format_exc())
-            failed.append(
-                Missing(diagnostic.name, diagnostic.shows, f"failed: {type(error).__name__}: {error}")
-            )
+            said = str(error) if isinstance(error, StatedError) else traceback.format_exc()
+            log.error("%s failed\n%s", say, said)
+            why = without_credentials(f"failed: {type(error).__name__}: {error}")
+            failed.append(Missing(diagnostic.name, diagnostic.shows, why))
     gone = missing + failed
     sections, outdated = _sections(analysis, {of.name for of in gone})
     write_report(out / REPORT_FILE, analysis.runs, sections, gone + outdated)
@@ -65,7 +67,7 @@ def _sections(analysis: Analysis, without: set[str]) -> tuple[list[SavedSection]
     """Return what there is, in the report's order and whether or not `which` names it; and what is outdated."""
     sections, outdated = [], []
     for diagnostic in DIAGNOSTICS:
-        section = None if diagnostic.name in without else load(analysis.out / diagnostic.name)
+        section = None if diagnostic.name in without else load(analysis.out / diagnostic.name, diagnostic)
         if section is None:
             continue
         if section.identity == identity_of(analysis, diagnostic):
@@ -84,11 +86,14 @@ def identity_of(analysis: Analysis, diagnostic: Diagnostic) -> dict[str, Any]:
     identity: dict[str, Any] = {
         "version": tide_mega.__version__,
         "code": _code(),
-        "options": {name: options[name] for name in ("precision", "seed", *diagnostic.options)},
+        "options": {
+            name: options[name] for name in ("precision", "seed", *diagnostic.options) if name != "texts"
+        },
         "runs": [_run_identity(run, diagnostic) for run in analysis.runs],
     }
     if "texts" in diagnostic.options:
-        identity["texts"] = [sha256_of(Path(text)) for text in analysis.options.texts]
+        texts = [Path(text) for text in analysis.options.texts]
+        identity["texts"] = [[text.name, sha256_of(text)] for text in texts]
     return identity
 
 

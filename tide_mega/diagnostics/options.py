@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
+from tide_mega.data.lines import MAX_DOCUMENT_BYTES
+
 
 @dataclass
 class AnalyzeOptions:
@@ -24,10 +26,14 @@ class AnalyzeOptions:
     """Held-out sequences that models are run on."""
     text_tokens: int = 65_536
     """Most tokens read of each text file; 0 reads all."""
+    max_document_bytes: int = MAX_DOCUMENT_BYTES
+    """Most bytes of one document of them (a plain text is one, and so is a JSON line), decompressed."""
     batch: int = 8
     """Sequences in one forward pass."""
     templates: int = 150
     """Template sentences for the distances of token pairs; 150 are there."""
+    decode_tokens: int = 256
+    """Tokens that each run decodes for the time of one; the paper averages over 5,120."""
     precision: str = "fp32"
     """fp32 or bf16, of models while they are run."""
     device: str = "auto"

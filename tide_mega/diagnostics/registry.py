@@ -19,7 +19,9 @@ class Diagnostic:
 
     name: str
     shows: str
-    """In the paper."""
+    """In the paper: the figure, table or equation."""
+    title: str
+    """Of its section in the report."""
     about: str
     module: str
     options: tuple[str, ...] = ()
@@ -33,28 +35,64 @@ class Diagnostic:
 
 
 DIAGNOSTICS = (
-    Diagnostic("updates", "Equation 2.2, Table 1", "expected gradient updates of a token", "updates"),
-    Diagnostic("norms", "Figure 1", "norms of embedding rows by decile, and their growth", "norms"),
+    Diagnostic(
+        "updates",
+        "Equation 2.2, Table 1",
+        "Gradients that a token is expected to get",
+        "expected gradient updates of a token",
+        "updates",
+    ),
+    Diagnostic(
+        "norms",
+        "Figure 1",
+        "Norms of embedding rows by frequency",
+        "norms of embedding rows by decile, and their growth",
+        "norms",
+    ),
     Diagnostic(
         "separation",
         "Figures 2 and 6",
+        "Distance between the hidden states of token pairs in the same context",
         "distance of token pairs in every layer",
         "separation",
         options=("templates",),
     ),
-    Diagnostic("deciles", "Figure 5", "held-out loss by decile", "deciles"),
-    Diagnostic("blocks", "Figure 7", "loss of rare, mid and common tokens against K", "blocks"),
+    Diagnostic(
+        "storage",
+        "Figure 4",
+        "Bytes in memory and on disk",
+        "bytes in memory and on disk by K and format",
+        "storage",
+    ),
+    Diagnostic(
+        "deciles", "Figure 5", "Held-out loss by frequency decile", "held-out loss by decile", "deciles"
+    ),
+    Diagnostic(
+        "blocks",
+        "Figure 7",
+        "Rare, mid and common tokens against the number of memory blocks",
+        "loss of rare, mid and common tokens against K",
+        "blocks",
+    ),
     Diagnostic(
         "perplexity",
         "Figure 8",
+        "Perplexity of texts against training tokens",
         "perplexity of texts against training tokens",
         "perplexity",
         options=("sequences", "texts", "text_tokens"),
     ),
-    Diagnostic("distances", "Figure 9", "cosine distance between the embedding and the tables", "distances"),
+    Diagnostic(
+        "distances",
+        "Figure 9",
+        "Cosine distances between the input embedding and the memory's tables",
+        "cosine distance between the embedding and the tables",
+        "distances",
+    ),
     Diagnostic(
         "routing",
         "Figure 10",
+        "Router weights of the memory blocks and of the null bank",
         "router weights and null bank, by layer and decile",
         "routing",
         options=("sequences",),
@@ -62,6 +100,7 @@ DIAGNOSTICS = (
     Diagnostic(
         "silencing",
         "Figure 11",
+        "Perplexity with the memory of one layer left out",
         "perplexity with one layer's memory left out",
         "silencing",
         options=("sequences", "texts", "text_tokens"),
@@ -69,15 +108,49 @@ DIAGNOSTICS = (
     Diagnostic(
         "zero_shot",
         "Table 2",
+        "Zero-shot tasks",
         "zero-shot tasks, as python -m tide_mega.evaluate left them",
         "zero_shot",
         reads="evaluation/zero_shot.json",
     ),
-    Diagnostic("neighbours", "Table 6, Figure 13", "nearest neighbours under every table", "neighbours"),
-    Diagnostic("curves", "Figure 14", "training loss against tokens", "curves"),
+    Diagnostic(
+        "decoding",
+        "Table 4",
+        "Time of a decoded token",
+        "time of a decoded token by K, on this machine",
+        "decoding",
+        options=("sequences", "decode_tokens", "device"),
+    ),
+    Diagnostic(
+        "precision",
+        "Table 5",
+        "Perplexity by the precision of the tables",
+        "perplexity by the precision of the tables",
+        "precision",
+        options=("sequences", "texts", "text_tokens"),
+    ),
+    Diagnostic(
+        "rank",
+        "Figure 12",
+        "Perplexity with tables of a lower rank",
+        "perplexity with tables of a lower rank",
+        "rank",
+        options=("sequences", "texts", "text_tokens"),
+    ),
+    Diagnostic(
+        "neighbours",
+        "Table 6, Figure 13",
+        "Nearest neighbours in the input embedding and in the memory's tables",
+        "nearest neighbours under every table",
+        "neighbours",
+    ),
+    Diagnostic(
+        "curves", "Figure 14", "Training loss against tokens", "training loss against tokens", "curves"
+    ),
     Diagnostic(
         "null_bound",
         "Proposition 3.1",
+        "The null bank can silence the memory",
         "the null bank can switch the memory off",
         "propositions.null_bound",
         options=("sequences",),
@@ -85,6 +158,7 @@ DIAGNOSTICS = (
     Diagnostic(
         "pathways",
         "Proposition 3.2",
+        "Squared gradients of the tables' rows",
         "squared gradients over the K tables",
         "propositions.pathways",
         options=("sequences", "batch"),
@@ -92,6 +166,7 @@ DIAGNOSTICS = (
     Diagnostic(
         "identity",
         "Proposition 3.3",
+        "The memory separates tokens whose hidden states are close",
         "the memory separates any pair of tokens",
         "propositions.identity",
         options=("sequences",),

@@ -18,6 +18,8 @@ LARGEST_SVG = 2_000_000
 LONGEST_TABLE = 200
 """Rows shown; the CSV file has all."""
 
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+"""Of the page: no scripts, nothing from elsewhere."""
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 72rem; margin: 2rem auto;
   padding: 0 1rem; }
@@ -63,6 +65,7 @@ def write_report(
     ]
     page = (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{_text(title)}</title><style>{_STYLE}</style></head>\n<body>\n"
         + "\n".join(body)
@@ -95,7 +98,8 @@ def _runs(runs: Sequence[TrainedRun]) -> DataTable:
 
 def _contents(sections: Sequence[SavedSection]) -> str:
     items = (
-        f'<li><a href="#{section.name}">{_text(section.title)}</a> <small>{_text(section.shows)}</small></li>'
+        f'<li><a href="#{_text(section.of.name)}">{_text(section.of.title)}</a> '
+        f"<small>{_text(section.of.shows)}</small></li>"
         for section in sections
     )
     return f"<nav><ol>{''.join(items)}</ol></nav>"
@@ -105,8 +109,9 @@ def _section(section: SavedSection) -> str:
     findings = "".join(f"<li>{_text(finding)}</li>" for finding in section.findings)
     notes = "".join(f"<li>{_text(note)}</li>" for note in section.notes)
     tables = "".join(_details(name, table, section) for name, table in section.tables.items())
+    of = section.of
     return (
-        f'<section id="{section.name}"><h2>{_text(section.title)}<small>{_text(section.shows)}</small></h2>'
+        f'<section id="{_text(of.name)}"><h2>{_text(of.title)}<small>{_text(of.shows)}</small></h2>'
         f'<div class="sides"><div><h3>The paper</h3><p>{_text(section.paper)}</p></div>'
         f"<div><h3>These runs</h3><ul>{findings}</ul></div></div>"
         + "".join(_figure(section, name) for name in section.figures)
@@ -121,14 +126,18 @@ def _figure(section: SavedSection, name: str) -> str:
     if path.stat().st_size > LARGEST_SVG:
         path, kind = section.folder / f"{name}.png", "png"
     data = base64.b64encode(path.read_bytes()).decode()
-    return f'<img alt="{_text(section.title)}: {_text(name)}" src="data:image/{kind};base64,{data}">'
+    return f'<img alt="{_text(section.of.title)}: {_text(name)}" src="data:image/{kind};base64,{data}">'
 
 
 def _details(name: str, table: DataTable, section: SavedSection) -> str:
     shown = DataTable(table.columns, table.rows[:LONGEST_TABLE])
     rest = len(table.rows) - len(shown.rows)
-    more = f'<p class="notes">and {rest:,} more rows in {section.name}/{_text(name)}.csv</p>' if rest else ""
-    summary = f"{name.replace('_', ' ')} ({len(table.rows):,} rows, {section.name}/{name}.csv)"
+    more = (
+        f'<p class="notes">and {rest:,} more rows in {_text(section.of.name)}/{_text(name)}.csv</p>'
+        if rest
+        else ""
+    )
+    summary = f"{name.replace('_', ' ')} ({len(table.rows):,} rows, {section.of.name}/{name}.csv)"
     return f"<details><summary>{_text(summary)}</summary>{_table(shown)}{more}</details>"
 
 
@@ -167,5 +176,5 @@ def _missing(missing: Sequence[Missing]) -> str:
     return f"<section><h2>Not shown</h2><ul>{items}</ul></section>"
 
 
-def _text(value: str) -> str:
-    return html.escape(value)
+def _text(value: object) -> str:
+    return html.escape(str(value))

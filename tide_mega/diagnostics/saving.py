@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import math
 import shutil
 from dataclasses import asdict, dataclass
@@ -11,10 +10,15 @@ from typing import Any
 
 import matplotlib
 
+from tide_mega.config.errors import PlaceError
+from tide_mega.config.paths import regular_file
+from tide_mega.config.stored import read_json
 from tide_mega.data.atomic import write_bytes, write_json
+from tide_mega.diagnostics.registry import Diagnostic
 from tide_mega.diagnostics.section import Cell, DataTable, Section
 
 SECTION_FILE = "section.json"
+_SUFFIXES = {".json", ".csv", ".png", ".svg"}
 
 
 @dataclass(frozen=True)
@@ -22,9 +26,8 @@ class SavedSection:
     """What is left of a section once its figures are files."""
 
     folder: Path
-    name: str
-    shows: str
-    title: str
+    of: Diagnostic
+    """What it is called and shows: no file says it."""
     paper: str
     findings: tuple[str, ...]
     notes: tuple[str, ...]
@@ -37,22 +40,25 @@ class SavedSection:
     """How long making it took."""
 
 
-def save(section: Section, folder: Path, identity: dict[str, Any], seconds: float) -> SavedSection:
-    """Write a section in place of what is in `folder`; section.json comes last, so that a torn one is none."""
-    if folder.exists():
-        shutil.rmtree(folder)
+def save(
+    section: Section, of: Diagnostic, folder: Path, identity: dict[str, Any], seconds: float
+) -> SavedSection:
+    """Write a section in place of the one in `folder`; section.json comes last, so that a torn one is none.
+
+    Raises:
+        PlaceError: the folder has something that no analysis wrote.
+    """
+    _clear(folder)
     folder.mkdir(parents=True)
     for name, table in section.tables.items():
         write_bytes(folder / f"{name}.csv", to_csv(table).encode())
-    with matplotlib.rc_context({"svg.hashsalt": section.name}):  # the same figure gives the same file
+    with matplotlib.rc_context({"svg.hashsalt": of.name}):  # the same figure gives the same file
         for name, figure in section.figures.items():
             figure.savefig(folder / f"{name}.png", format="png")
             figure.savefig(folder / f"{name}.svg", format="svg", metadata={"Date": None})
     saved = SavedSection(
         folder,
-        section.name,
-        section.shows,
-        section.title,
+        of,
         section.paper,
         section.findings,
         section.notes,
@@ -62,23 +68,40 @@ def save(section: Section, folder: Path, identity: dict[str, Any], seconds: floa
         seconds,
     )
     content = asdict(saved)
-    del content["folder"]
+    del content["folder"], content["of"]
     write_json(folder / SECTION_FILE, _finite(content))
     return saved
 
 
-def load(folder: Path) -> SavedSection | None:
-    """Read what `save` wrote; None where there is nothing whole."""
+def _clear(folder: Path) -> None:
+    """Remove a section's folder; of one that is a link, the link."""
+    if folder.is_symlink():
+        folder.unlink()
+    if not folder.exists():
+        return
+    if others := sorted(path.name for path in folder.iterdir() if path.suffix not in _SUFFIXES):
+        raise PlaceError(
+            f"{folder} has {others[0]}, which no analysis wrote: move it, or choose another out."
+        )
+    shutil.rmtree(folder)
+
+
+def load(folder: Path, of: Diagnostic) -> SavedSection | None:
+    """Read what `save` wrote; None where there is nothing whole, or a link."""
+    if folder.is_symlink():
+        return None
     try:
-        content = json.loads((folder / SECTION_FILE).read_text(encoding="utf-8"))
+        content = read_json(folder, SECTION_FILE)
         content["tables"] = {name: DataTable.of(**table) for name, table in content["tables"].items()}
         for name in ("findings", "notes", "figures"):
             content[name] = tuple(content[name])
-        saved = SavedSection(folder=folder, **content)
+        saved = SavedSection(folder=folder, of=of, **content)
+        for name in saved.figures:
+            for suffix in ("png", "svg"):
+                regular_file(folder, f"{name}.{suffix}")  # the report would show one from elsewhere
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    files = [folder / f"{figure}.{suffix}" for figure in saved.figures for suffix in ("png", "svg")]
-    return saved if all(path.is_file() for path in files) else None
+    return saved
 
 
 def to_csv(table: DataTable) -> str:

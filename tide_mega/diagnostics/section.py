@@ -31,13 +31,8 @@ class DataTable:
 
 @dataclass(frozen=True)
 class Section:
-    """One part of the report."""
+    """One part of the report; `registry.py` says what it is called."""
 
-    name: str
-    """What `which` calls it; also the name of its folder."""
-    shows: str
-    """The paper's figure, table or equation, such as "Figure 1"."""
-    title: str
     paper: str
     """What the paper shows, with its numbers: one or two sentences."""
     findings: tuple[str, ...]

@@ -42,9 +42,6 @@ def run(analysis: Analysis) -> Section:
         raise SkippedError(f"the runs were not evaluated on the same tasks in the same way: {dropped}")
     comparison = compare(rows, evaluated, {}, "acc_norm")
     return Section(
-        name="zero_shot",
-        shows="Table 2",
-        title="Zero-shot tasks",
         paper="Mean accuracy of eight tasks at 1B parameters: 61.4 % for the baseline, 63.0 % with K = 8, 63.7 % "
         "with K = 24.",
         findings=(*_means(comparison), *comparison.findings),

@@ -18,6 +18,7 @@ from tide_mega.evaluation.options import TITLES, EvaluateOptions
 from tide_mega.evaluation.output import write_all
 from tide_mega.evaluation.requests import TextScorer
 from tide_mega.evaluation.results import FILE, SCORING, Comparison, Key, Measured, Result, Stored, read
+from tide_mega.jobs.folder_lock import FolderLock
 from tide_mega.trained.run import TrainedRun
 
 log = logging.getLogger(__name__)
@@ -57,11 +58,12 @@ class Book:
 
     @classmethod
     def open(cls, options: EvaluateOptions, runs: list[TrainedRun], stack: ExitStack) -> "Book":
-        """Load tasks and what `out` has; `stack` ends the use of the tasks' data.
+        """Load tasks and what `out` has; `stack` ends the use of the tasks' data and of `out`.
 
         Raises:
             ConfigError: a task that nobody knows, a damaged local file, an `out` that cannot be written.
             EvaluationError: none of the tasks can be had, or `out` has something else.
+            FolderTakenError: another process is at work in `out`.
         """
         version = f"{harness.require()}, scoring {SCORING}"
         saves = [_Save.of(run) for run in runs]
@@ -81,6 +83,7 @@ class Book:
                 "no task can be evaluated: " + "; ".join(f"{n} {why}" for n, why in absent.items())
             )
         folder = Path(options.out) if options.out is not None else runs[-1].folder / "evaluation"
+        stack.enter_context(FolderLock(folder, "an evaluation", key="out"))
         stored = _stored_in(folder)
         book = cls(options, runs, saves, folder, tasks, absent, sources, version, stored)
         if not options.fresh:

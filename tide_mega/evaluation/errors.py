@@ -1,7 +1,9 @@
 """What can stop an evaluation."""
 
+from tide_mega.config.errors import StatedError
 
-class EvaluationError(RuntimeError):
+
+class EvaluationError(StatedError, RuntimeError):
     """An evaluation that cannot go on; the message says why and on which rank."""
 
 

@@ -1,10 +1,12 @@
 """Tasks read from JSONL files, for machines that cannot reach the hub."""
 
-import json
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from tide_mega.config.errors import ConfigError
+from tide_mega.data.documents import parse_json_object, problem_of
+from tide_mega.data.lines import MAX_DOCUMENT_BYTES, read_line
 
 DEFINITIONS = Path(__file__).parent / "tasks"
 """Their definitions for the harness, one YAML file a task."""
@@ -44,32 +46,35 @@ def find_files(folder: Path, tasks: list[str]) -> tuple[dict[str, Path], dict[st
 
 def _check(path: Path, *, is_open: bool) -> None:
     examples = 0
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
+    with path.open("rb") as file:
+        for number in count(start=1):
+            line, size = read_line(file, MAX_DOCUMENT_BYTES)
+            if size == 0:
+                break
+            if line is None:
+                raise ConfigError(
+                    f"{path} line {number} is longer than {MAX_DOCUMENT_BYTES} bytes, which is no example: "
+                    "correct the file."
+                )
+            example = parse_json_object(line)
+            if example is None:
                 continue
-            try:
-                problem = _problem(json.loads(line), is_open=is_open)
-            except json.JSONDecodeError as error:
-                problem = f"is not JSON ({error.msg})"
-            if problem:
+            if problem := example if isinstance(example, str) else _problem(example, is_open=is_open):
                 raise ConfigError(f"{path} line {number} {problem}.")
             examples += 1
     if not examples:
         raise ConfigError(f"{path} has no example: leave the task out, or give another folder as local=.")
 
 
-def _problem(example: Any, *, is_open: bool) -> str | None:
+def _problem(example: dict[str, Any], *, is_open: bool) -> str | None:
     texts = ("context", "continuation") if is_open else ("query",)
-    if not isinstance(example, dict):
-        return "is not an object"
     for name in texts:
-        if not isinstance(example.get(name), str):
-            return f"has no text under {name!r}"
+        if problem := problem_of(example.get(name)):
+            return f"has no text under {name!r}: {problem}"
     if is_open:
         return None if example["continuation"] else "has an empty continuation"
     choices, gold = example.get("choices"), example.get("gold")
-    if not isinstance(choices, list) or not all(isinstance(c, str) and c for c in choices) or not choices:
+    if not isinstance(choices, list) or not all(c and problem_of(c) is None for c in choices) or not choices:
         return "has no list of texts under 'choices'"
     if not isinstance(gold, int) or isinstance(gold, bool) or not 0 <= gold < len(choices):
         return f"has gold={gold!r}, which is no index of its {len(choices)} choices"

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from tide_mega.config.stored import parse_json
 from tide_mega.data.atomic import write_bytes
 from tide_mega.evaluation.errors import EvaluationError
 
@@ -148,7 +149,7 @@ def read(path: Path) -> Stored:
         FileNotFoundError: there is none.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
         if content["format"] != FORMAT:
             raise EvaluationError(
                 f"{path} is of format {content['format']}, and this version reads {FORMAT}: move it away, or "
@@ -156,7 +157,7 @@ def read(path: Path) -> Stored:
             )
         results = [_result(entry) for entry in content["results"]]
         comparison = content["comparison"] and _comparison(content["comparison"])
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise EvaluationError(
             f"{path} is not an evaluation's result ({type(error).__name__}: {error}): move it away, or give "
             "another out=<folder>."

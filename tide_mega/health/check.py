@@ -11,22 +11,35 @@ from pathlib import Path
 from tide_mega.config.schema import TideConfig
 from tide_mega.config.sizes import count_parameters
 from tide_mega.health import probes
+from tide_mega.health.collective import entered, run_rounds
 from tide_mega.health.facts import Facts, collect
+from tide_mega.health.links import Floors, Suspicion, suspect
 from tide_mega.health.meeting import Meeting
+from tide_mega.health.rounds import Group, plan
 from tide_mega.health.verdict import Finding, judge, table
 from tide_mega.parallel.device import choose_device
 from tide_mega.parallel.groups import World
+from tide_mega.parallel.interface import choose_interface
 
 PATIENCE = 180.0
 """Seconds that rank 0 waits for the others; a first import from a cold file system takes its time."""
+COLLECTIVES = 120.0
+"""Seconds for all all-reduces together, NCCL's start in each group included."""
 BYTES_PER_PARAMETER = 12
 """In a checkpoint: fp32 master weight and AdamW's two moments."""
 
 
-def check(config: TideConfig, world: World, patience: float) -> bool:
+def check(config: TideConfig, world: World, patience: float = PATIENCE, limit: float = COLLECTIVES) -> bool:
     """Whether every node may take part; collective. Rank 0 prints the table and what is wrong.
 
-    Nodes named sick also go, one a line, to the file that TIDE_SICK_LIST names.
+    Nodes named sick also go, one a line, to the file that TIDE_SICK_LIST names. After a verdict against them the
+    process should end by `os._exit`: a thread of it may hang in a collective.
+
+    Args:
+        config: of the training.
+        world: this process among all.
+        patience: seconds that rank 0 waits for the others in each round of messages.
+        limit: seconds for all collectives together, after which they count as hung.
     """
     address, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ.get("MASTER_PORT", "0"))
     facts = collect(config, world)
@@ -37,7 +50,8 @@ def check(config: TideConfig, world: World, patience: float) -> bool:
         return False
     ranks = set(range(world.size))
     here = meeting.collect("here", facts.node, ranks)
-    present = set(meeting.announce("present", sorted(here)))
+    node_of_rank = dict(meeting.announce("present", sorted(here.items())))
+    present = set(node_of_rank)
     facts.clock = time.time()
 
     root, token = Path(config.run.root), meeting.announce("token", secrets.token_hex(4))
@@ -47,20 +61,47 @@ def check(config: TideConfig, world: World, patience: float) -> bool:
     writers = meeting.announce("writers", [rank for rank, wrote in marked.items() if wrote])
     if facts.speaks_for_node:
         _note(facts, probes.see(root, token, writers))
+    rounds = plan(node_of_rank)
     # A rank that cannot use its GPU would keep the others waiting.
     able = meeting.collect("able", facts.device_works, present)
     if meeting.announce("all able", len(able) == world.size and all(able.values())):
         device = choose_device(config.cluster.device, world.local_rank)
-        facts.bandwidth, problem = probes.all_reduce(meeting, device, patience)
-        _note(facts, problem)
+        if world.size > world.local_size:
+            choose_interface()
+        own = [group for groups in rounds for group in groups if world.rank in group.ranks]
+        facts.outcome = run_rounds(own, world.rank, device, meeting.other_store, limit=limit)
 
-    reports = [Facts(**report) for report in meeting.collect("facts", asdict(facts), present).values()]
-    verdict = _conclude(config, reports, ranks - present) if world.rank == 0 else None
+    collected = meeting.collect("facts", asdict(facts), present)
+    verdict = None
+    if world.rank == 0:
+        reports = [Facts.from_json(report) for report in collected.values()]
+        suspicions = _suspicions(config, reports, node_of_rank, rounds, meeting, limit)
+        verdict = _conclude(config, reports, ranks - set(collected), node_of_rank, suspicions)
     is_healthy = meeting.announce("verdict", verdict)
     if facts.speaks_for_node:
         probes.unmark(root, token, world.rank)
-    meeting.collect("end", None, present)  # rank 0 keeps the store until all have read it
+    meeting.collect("end", None, set(collected))  # rank 0 keeps the store until all who are left have read it
     return bool(is_healthy)
+
+
+def _suspicions(
+    config: TideConfig,
+    reports: Sequence[Facts],
+    node_of_rank: dict[int, str],
+    rounds: Sequence[Sequence[Group]],
+    meeting: Meeting,
+    limit: float,
+) -> list[Suspicion]:
+    outcomes = {report.rank: report.outcome for report in reports if report.outcome is not None}
+    if not outcomes:
+        return []
+    came = {
+        group.name: frozenset(rank for rank in group.ranks if meeting.has(entered(group, rank)))
+        for groups in rounds
+        for group in groups
+    }
+    gpus = next((report.gpus for report in reports if report.gpus), ["none"])
+    return suspect(rounds, node_of_rank, outcomes, came, Floors.of(config.cluster, gpus[0]), limit)
 
 
 def _note(facts: Facts, problem: str | None) -> None:
@@ -68,9 +109,16 @@ def _note(facts: Facts, problem: str | None) -> None:
         facts.problems.append(problem)
 
 
-def _conclude(config: TideConfig, reports: Sequence[Facts], missing: set[int]) -> bool:
+def _conclude(
+    config: TideConfig,
+    reports: Sequence[Facts],
+    missing: set[int],
+    node_of_rank: dict[int, str],
+    suspicions: Sequence[Suspicion],
+) -> bool:
     room = BYTES_PER_PARAMETER * count_parameters(config.model, config.memory).total
-    found = judge(reports, missing=_names(missing, reports), checkpoint_bytes=room)
+    names = _names(missing, node_of_rank, reports[0].local_size)
+    found = judge(reports, missing=names, suspicions=suspicions, checkpoint_bytes=room)
     print(table(reports))
     for finding in found:
         print(f"sick: {finding}")
@@ -82,12 +130,11 @@ def _conclude(config: TideConfig, reports: Sequence[Facts], missing: set[int]) -
     return not found
 
 
-def _names(missing: set[int], reports: Sequence[Facts]) -> list[str]:
-    """The nodes of ranks that did not come, as the job script lists them; else their numbers."""
+def _names(missing: set[int], node_of_rank: dict[int, str], local_size: int) -> list[str]:
+    """The nodes of ranks that did not come, or fell silent; as the job script lists them, else their numbers."""
     nodes = os.environ.get("TIDE_NODES", "").split()
-    local_size = reports[0].local_size
-    index = {rank: rank // local_size for rank in sorted(missing)}
-    return list(dict.fromkeys(nodes[i] if i < len(nodes) else f"rank {rank}" for rank, i in index.items()))
+    listed = {rank: nodes[rank // local_size] for rank in missing if rank // local_size < len(nodes)}
+    return list(dict.fromkeys((listed | node_of_rank).get(rank, f"rank {rank}") for rank in sorted(missing)))
 
 
 def _write_sick_list(found: Sequence[Finding]) -> None:

@@ -6,10 +6,12 @@ import socket
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from tide_mega.config.schema import TideConfig
+from tide_mega.health.collective import Outcome
 from tide_mega.parallel.device import Device, choose_device
 from tide_mega.parallel.groups import World
 from tide_mega.training.code_snapshot import running_code
@@ -35,8 +37,14 @@ class Facts:
     tmp_free: int | None = None
     clock: float = 0.0
     """Seconds since 1970, taken at the same moment on all ranks as far as their messages allow."""
-    bandwidth: float | None = None
-    """Bus bandwidth of the all-reduce over all ranks, bytes per second."""
+    outcome: Outcome | None = None
+    """How the all-reduces went; None where there were none."""
+
+    @classmethod
+    def from_json(cls, report: dict[str, Any]) -> "Facts":
+        """What `dataclasses.asdict` and JSON have made of facts."""
+        outcome = report.pop("outcome")
+        return cls(**report, outcome=None if outcome is None else Outcome(**outcome))
 
     @property
     def speaks_for_node(self) -> bool:
@@ -80,14 +88,20 @@ def _try_gpu(device: torch.device) -> None:
 
 
 def _gpus(problems: list[str]) -> list[str]:
-    found = []
-    for index in range(torch.cuda.device_count()):
+    """Name and memory of each GPU; one that does not answer is a problem and keeps its place among the others."""
+    return [_gpu(index, problems) for index in range(torch.cuda.device_count())]
+
+
+def _gpu(index: int, problems: list[str]) -> str:
+    try:
         properties = torch.cuda.get_device_properties(index)
-        found.append(f"{properties.name} {properties.total_memory / 2**30:.0f} GiB")
         free, total = torch.cuda.mem_get_info(index)
-        if free < 0.8 * total:
-            problems.append(f"GPU {index} has {(total - free) / 2**30:.0f} GiB in use by someone else")
-    return found
+    except Exception as error:  # a broken GPU fails in many ways
+        problems.append(f"GPU {index} does not answer: {_line(error)}")
+        return "unusable"
+    if free < 0.8 * total:
+        problems.append(f"GPU {index} has {(total - free) / 2**30:.0f} GiB in use by someone else")
+    return f"{properties.name} {properties.total_memory / 2**30:.0f} GiB"
 
 
 def _look_at_disks(facts: Facts, root: Path) -> None:

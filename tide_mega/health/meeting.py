@@ -9,7 +9,10 @@ import torch.distributed as dist
 
 
 class Meeting:
-    """All ranks that have arrived, around rank 0's store."""
+    """All ranks that have arrived, around rank 0's store.
+
+    `other_store` is a second connection to it, for another thread: one that waits blocks its connection.
+    """
 
     def __init__(self, address: str, port: int, rank: int, size: int, patience: float) -> None:
         """Open (rank 0) or join the store.
@@ -26,16 +29,14 @@ class Meeting:
         """
         self.rank, self.size, self._patience = rank, size, patience
         try:
-            self.store = dist.TCPStore(
-                address,
-                port,
-                size,
-                is_master=rank == 0,
-                wait_for_workers=False,
-                timeout=timedelta(seconds=3 * patience),
-            )
+            self.store = _connect(address, port, size, patience, is_master=rank == 0)
+            self.other_store = _connect(address, self.store.port, size, patience, is_master=False)
         except RuntimeError as error:  # torch's network errors derive from it
             raise ConnectionError(f"rank 0 at {address}:{port} was not reached: {error}") from error
+
+    def has(self, key: str) -> bool:
+        """Whether some rank has set a key of the store."""
+        return bool(self.store.check([key]))
 
     def collect(self, round_name: str, value: Any, expected: set[int]) -> dict[int, Any]:
         """Hand `value` to rank 0; it gets those of the expected ranks that come in time, the others nothing."""
@@ -57,3 +58,8 @@ class Meeting:
             self.store.set(name, json.dumps(value))
             return value
         return json.loads(self.store.get(name))
+
+
+def _connect(address: str, port: int, size: int, patience: float, *, is_master: bool) -> dist.TCPStore:
+    timeout = timedelta(seconds=3 * patience)
+    return dist.TCPStore(address, port, size, is_master=is_master, wait_for_workers=False, timeout=timeout)

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tide_mega.health.facts import Facts
+from tide_mega.health.links import Suspicion
+from tide_mega.health.rounds import EVERYBODY
 
 MAX_SKEW = 2.0
 """Seconds between a node's clock and the median's."""
@@ -24,17 +26,23 @@ class Finding:
 
 
 def judge(
-    reports: Sequence[Facts], *, missing: Sequence[str] = (), checkpoint_bytes: int = 0
+    reports: Sequence[Facts],
+    *,
+    missing: Sequence[str] = (),
+    suspicions: Sequence[Suspicion] = (),
+    checkpoint_bytes: int = 0,
 ) -> list[Finding]:
     """Compare the reports.
 
     Args:
         reports: of the ranks that came.
         missing: names of those that did not.
+        suspicions: what the all-reduces have shown.
         checkpoint_bytes: room that a checkpoint of this run needs.
     """
     found = [Finding(name, "did not report in time") for name in missing]
     found += [Finding(report.node, problem) for report in reports for problem in report.problems]
+    found += [Finding(suspicion.node, suspicion.what) for suspicion in suspicions]
     nodes = [report for report in reports if report.speaks_for_node]
     found += _differences(nodes, "versions")
     found += _differences(nodes, "gpus")
@@ -93,12 +101,21 @@ def _skews(reports: Sequence[Facts]) -> list[float]:
 
 
 def table(reports: Sequence[Facts]) -> str:
-    """Return a line for each node."""
-    rows = [("node", "ranks", "GPUs", "root free GB", "tmp free GB", "clock ms", "GB/s", "torch", "code")]
+    """Return a line for each node.
+
+    The bus bandwidths, in GB/s, are those within the node, with its better neighbour, and over all ranks.
+    """
+    rows: list[tuple[str, ...]] = [
+        (
+            *("node", "ranks", "GPUs", "root free GB", "tmp free GB", "clock ms"),
+            *("inside GB/s", "pair GB/s", "all GB/s", "torch", "code"),
+        )
+    ]
     skews = dict(zip((report.rank for report in reports), _skews(reports), strict=True))
     for report in reports:
         if report.speaks_for_node:
-            ranks = [other.rank for other in reports if other.node == report.node]
+            here = [other for other in reports if other.node == report.node]
+            ranks = [other.rank for other in here]
             rows.append(
                 (
                     report.node,
@@ -107,7 +124,7 @@ def table(reports: Sequence[Facts]) -> str:
                     _giga(report.root_free),
                     _giga(report.tmp_free),
                     f"{1000 * skews[report.rank]:+.0f}",
-                    _giga(report.bandwidth),
+                    *(_giga(rate) for rate in _rates(report.node, here)),
                     report.versions.get("torch", "-"),
                     report.versions.get("code", "-"),
                 )
@@ -116,6 +133,15 @@ def table(reports: Sequence[Facts]) -> str:
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     )
+
+
+def _rates(node: str, reports: Sequence[Facts]) -> tuple[float | None, float | None, float | None]:
+    """Bandwidth inside a node, with its better neighbour, over all: each that of its slowest rank."""
+    seen = [report.outcome.rates for report in reports if report.outcome is not None]
+    names = dict.fromkeys(name for rates in seen for name in rates)
+    slowest = {name: min(rates[name] for rates in seen if name in rates) for name in names}
+    pairs = [rate for name, rate in slowest.items() if name not in (node, EVERYBODY)]
+    return slowest.get(node), max(pairs, default=None), slowest.get(EVERYBODY)
 
 
 def _giga(value: float | None) -> str:

@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from tide_mega.config.errors import refuse
+from tide_mega.config.errors import printable, refuse
 from tide_mega.data.documents import Document, read_piece
 from tide_mega.data.errors import DataError
 from tide_mega.data.index import FILE_NAME
-from tide_mega.data.inputs import find_inputs
+from tide_mega.data.inputs import describe_links, find_inputs
+from tide_mega.data.lines import MAX_DOCUMENT_BYTES
 from tide_mega.data.permutation import Permutation
 from tide_mega.data.stream import TokenStream
 from tide_mega.data.tokenizer import Tokenizer
@@ -146,6 +147,7 @@ def tokenise(
     most_tokens: int,
     suffixes: list[str],
     text_key: str,
+    max_document_bytes: int = MAX_DOCUMENT_BYTES,
 ) -> Sequences:
     """Tokenises text in the order of its files, an EOS after each document, up to `most_tokens`.
 
@@ -155,7 +157,7 @@ def tokenise(
     """
     parts: list[NDArray[np.int64]] = [np.empty(0, np.int64)]
     total = 0
-    for document in _documents(text, suffixes, text_key):
+    for document in _documents(text, suffixes, text_key, max_document_bytes):
         parts += [tokenizer.encode_batch([document])[0], np.array([tokenizer.eos_id])]
         total += len(parts[-2]) + 1
         if total >= most_tokens:
@@ -163,13 +165,16 @@ def tokenise(
     return Sequences.cut(np.concatenate(parts)[:most_tokens], length, tokenizer.vocab_size)
 
 
-def _documents(text: list[str], suffixes: list[str], text_key: str) -> Iterator[str]:
-    for unit in plan_units(find_inputs(text, suffixes).files, 0):
+def _documents(text: list[str], suffixes: list[str], text_key: str, longest: int) -> Iterator[str]:
+    inputs = find_inputs(text, suffixes)
+    if inputs.links:
+        print(describe_links(inputs.links), file=sys.stderr)
+    for unit in plan_units(inputs.files, 0):
         for piece in unit.pieces:
-            for record in read_piece(piece, text_key, lambda count: None):
+            for record in read_piece(piece, text_key, lambda count: None, longest):
                 if isinstance(record, Document):
                     yield record.text
                 elif piece.file.lenient:
-                    print(f"left out: {record.source} {record.reason}", file=sys.stderr)
+                    print(printable(f"left out: {record.source} {record.reason}"), file=sys.stderr)
                 else:
                     raise DataError(f"{record.source} {record.reason}. Correct it or leave it out of text")

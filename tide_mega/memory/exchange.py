@@ -23,48 +23,35 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, shard_WKD: Tensor, ids_U: Tensor, group: ProcessGroup) -> Tensor:
         local_U = ids_U - first_owned_row(shard_WKD.size(0), group)
-        owned_U = (local_U >= 0) & (local_U < shard_WKD.size(0))
         if group.size() == 1:
             rows_UKD = shard_WKD[local_U]
         else:
-            rows_UKD = shard_WKD.new_zeros(ids_U.numel(), *shard_WKD.shape[1:])
-            rows_UKD[owned_U] = shard_WKD[local_U[owned_U]]
+            # No row is picked by a mask: the host would have to wait to know how many there are.
+            last = shard_WKD.size(0) - 1
+            owned_U = (local_U >= 0) & (local_U <= last)
+            rows_UKD = torch.where(owned_U[:, None, None], shard_WKD[local_U.clamp(0, last)], 0)
+            local_U = torch.where(owned_U, local_U, last + 1)
             sum_over(group, rows_UKD)
-        ctx.save_for_backward(local_U, owned_U)
+        ctx.save_for_backward(local_U)
         ctx.shard_shape = shard_WKD.shape
         return rows_UKD
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
         (grad_UKD,) = grad_outputs
-        local_U, owned_U = ctx.saved_tensors
-        grad_WKD = grad_UKD.new_zeros(ctx.shard_shape)
-        # ids are distinct, so rows are written, not accumulated: exact and deterministic.
-        grad_WKD[local_U[owned_U]] = grad_UKD[owned_U]
-        return grad_WKD, None, None
+        (local_U,) = ctx.saved_tensors
+        rows, *shape = ctx.shard_shape
+        # One row more takes what others own. Ids are distinct, so rows are written, not accumulated: exact and
+        # deterministic.
+        grad_WKD = grad_UKD.new_zeros(rows + 1, *shape)
+        grad_WKD[local_U] = grad_UKD
+        return grad_WKD[:rows], None, None
 
 
 def gather_rows(shard_WKD: Tensor, ids_U: Tensor, group: ProcessGroup) -> Tensor:
     """Return the rows [U, K, D] of the distinct `ids_U` from tables sharded by rows over `group`.
 
-    Every member of the group asks for the same ids. The backward pass keeps, on each owner, the gradient of
-    the rows it owns; the gradient given to it must already be the whole one, equal on all members.
-
-    Raises:
-        IndexError: an id is outside the tables.
+    Every member of the group asks for the same ids, which `plan_rows` has checked. The backward pass keeps, on
+    each owner, the gradient of the rows it owns; the gradient given to it must already be whole, the same on all.
     """
-    check_ids(ids_U, shard_WKD.size(0) * group.size())
     return _GatherRows.apply(shard_WKD, ids_U, group)
-
-
-def check_ids(ids_U: Tensor, vocab_size: int) -> None:
-    """Refuse ascending ids that the tables do not have.
-
-    Raises:
-        IndexError: naming the span of the ids and the rows of the tables.
-    """
-    if ids_U.numel() and (int(ids_U[0]) < 0 or int(ids_U[-1]) >= vocab_size):
-        raise IndexError(
-            f"token ids span {int(ids_U[0])}..{int(ids_U[-1])}, but the memory tables have {vocab_size} rows: "
-            "the data was tokenised with a larger vocabulary than model.vocab_size."
-        )

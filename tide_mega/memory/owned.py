@@ -10,13 +10,12 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from tide_mega.config.schema import OptimConfig
-from tide_mega.memory.exchange import check_ids
 from tide_mega.memory.meter import TrafficMeter
-from tide_mega.memory.ranges import row_squares, sum_by_block
-from tide_mega.memory.route import PendingRows, Route
+from tide_mega.memory.plan import MemoryPlan
+from tide_mega.memory.route import Owners, PendingRows, Route, share
+from tide_mega.memory.table_gradient import TableGradient
 from tide_mega.parallel.groups import ParallelGroups
 
 
@@ -49,12 +48,14 @@ class OwnedTables:
         optim: OptimConfig,
         groups: ParallelGroups,
         meter: TrafficMeter,
+        kernel: str,
     ) -> None:
+        """Make rows of 0; `kernel` is the version that adds gradients up: naive, cpu or triton."""
         self.groups, self.group, self.meter, self.dtype = groups, groups.memory, meter, dtype
         self.vocab_size = vocab_size
         self.rows = math.ceil(vocab_size / self.group.size())
         self.master_WKD = torch.zeros(self.rows, num_blocks, width, device=device, requires_grad=True)
-        self.gradient_WKD = torch.zeros_like(self.master_WKD, requires_grad=False)
+        self.gradient = TableGradient(self.master_WKD, kernel)
         decay = optim.weight_decay if optim.table_weight_decay is None else optim.table_weight_decay
         self.multiplier = optim.table_lr_multiplier
         self.optimizer = torch.optim.AdamW(
@@ -66,17 +67,31 @@ class OwnedTables:
             fused=True,
         )
 
-    def fetch(self, ids_U: Tensor) -> Fetch:
+    @property
+    def owners(self) -> Owners:
+        """What a step's plan must know of the exchange."""
+        return Owners(self.group, self.groups.tensor)
+
+    @property
+    def gradient_WKD(self) -> Tensor:
+        """The gradient of the rows owned here, until the next update: the memory itself."""
+        return self.gradient.sum_WKD
+
+    def fetch(self, plan: MemoryPlan) -> Fetch:
         """Ask for the replica's distinct ids and start moving rows; collective over the owners.
 
+        Args:
+            plan: made for these `owners`.
+
         Raises:
-            IndexError: an id is outside the tables.
+            ValueError: the plan was made without owners.
         """
-        check_ids(ids_U, self.vocab_size)
-        first, last = share(ids_U.numel(), self.groups.tensor)
-        route = Route.plan(ids_U[first:last], self.group, self.meter)
+        if plan.asked is None:
+            raise ValueError("the plan knows no owners: make it with plan_rows(..., owners=tables.owners)")
+        first, last = share(plan.ids_U.numel(), self.groups.tensor)
+        route = Route.plan(plan.ids_U[first:last], self.group, plan.asked, self.meter)
         owned_QKD = self.master_WKD.detach()[route.rows_Q].to(self.dtype)
-        return Fetch(route, route.fetch(owned_QKD, self.meter), ids_U.numel())
+        return Fetch(route, route.fetch(owned_QKD, self.meter), plan.ids_U.numel())
 
     def rows_of(self, fetch: Fetch) -> Tensor:
         """Return the rows [U, K, D] a fetch brought, the whole replica's, in the model's dtype."""
@@ -95,10 +110,9 @@ class OwnedTables:
     def add_gradient(self, fetch: Fetch, grad_UKD: Tensor) -> None:
         """Take a replica's whole gradient of its rows (equal on its tensor ranks) home and add it up in fp32."""
         first, last = share(fetch.distinct, self.groups.tensor)
-        received = fetch.route.give_back(grad_UKD[first:last], self.meter)
-        for rows_R, grad_RKD in received:
-            # Distinct rows for each member, members in order: deterministic, no atomics.
-            self.gradient_WKD[rows_R] += grad_RKD.float() / self.groups.data_size
+        received_QKD = fetch.route.give_back(grad_UKD[first:last], self.meter)
+        route = fetch.route
+        self.gradient.add(route.rows_Q, received_QKD, route.asked.by, self.groups.data_size)
 
     def square_norm(self) -> Tensor:
         """Sum of squares of the gradient of the rows owned here, fp64."""
@@ -106,20 +120,21 @@ class OwnedTables:
 
     def square_norms(self) -> Tensor:
         """Return the same sum for each block [K]."""
-        _, squares_U = row_squares(self.gradient_WKD.view(-1), 0, self.gradient_WKD.size(2))
-        return sum_by_block(0, squares_U, self.gradient_WKD.size(1))
+        return self.gradient.square_norms()
 
     def step(self, lr: float, scale: float) -> None:
         """Update every row with the gradient times `scale` (the global clip factor)."""
         self.optimizer.param_groups[0]["lr"] = lr * self.multiplier
-        self.master_WKD.grad = self.gradient_WKD if scale == 1.0 else self.gradient_WKD.mul_(scale)
+        if scale != 1.0:
+            self.gradient.scale_(scale)
+        self.master_WKD.grad = self.gradient_WKD
         self.optimizer.step()
         self.drop_gradient()
 
     def drop_gradient(self) -> None:
         """Forget the gradient; a step that is skipped leaves the rows as they are."""
         self.master_WKD.grad = None
-        self.gradient_WKD.zero_()
+        self.gradient.clear()
 
     def kept(self) -> dict[str, Tensor]:
         """Return the master rows and AdamW's moments [W, K, D] themselves, by name; moments not made yet as 0."""
@@ -146,10 +161,3 @@ class OwnedTables:
             state.update(exp_avg=zeros, exp_avg_sq=zeros.clone())
             state["step"] = torch.zeros((), dtype=torch.float32, device=zeros.device)
         return state
-
-
-def share(count: int, group: ProcessGroup) -> tuple[int, int]:
-    """Return this member's part of `count` rows: equal parts, the last ones shorter or empty."""
-    each = math.ceil(count / group.size())
-    first = min(group.rank() * each, count)
-    return first, min(first + each, count)

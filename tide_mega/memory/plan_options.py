@@ -4,10 +4,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tide_mega.config.errors import refuse
+from tide_mega.data.lines import MAX_DOCUMENT_BYTES
 from tide_mega.memory.distinct import ORDERS
 
 _AT_LEAST_ONE = (
-    *("max_tokens", "seq_length", "most_steps", "width", "tensor", "data", "pipeline"),
+    *("max_document_bytes", "max_tokens", "seq_length", "most_steps", "width", "tensor", "data", "pipeline"),
     *("micro_batch", "in_flight"),
 )
 
@@ -17,8 +18,8 @@ class PlanOptions:
     """Options of `tools/memory_plan.py`."""
 
     text: list[str] = field(default_factory=lambda: ["stdlib"])
-    """Files or folders of .txt, .jsonl, .jsonl.zst and .parquet; `stdlib`; or one folder that
-    tools/prepare_data.py wrote, whose training split is read as it was tokenised."""
+    """Files or folders that tools/prepare_data.py reads; `stdlib`; or one folder that it wrote, whose training
+    split is read as it was tokenised."""
     tokenizer: str | None = None
     """A tokenizer.json or a Llama-3 tokenizer.model; null takes the one in the installed package
     llama_models."""
@@ -26,6 +27,8 @@ class PlanOptions:
     """Further file suffixes read as plain text, e.g. [.py,.rst]."""
     text_key: str = "text"
     """Key of a JSON line, or column of a parquet file, that holds the text."""
+    max_document_bytes: int = MAX_DOCUMENT_BYTES
+    """Most bytes of one document, decompressed; a longer one is refused."""
     max_tokens: int = 4_000_000
     """Text is tokenised up to there."""
     tokens: list[int] = field(default_factory=lambda: [2048, 8192, 32768, 65536])

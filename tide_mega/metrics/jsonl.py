@@ -4,16 +4,20 @@ Kinds are train, eval and event (`tide_mega.metrics.records`), live and weights 
 
 Floats keep full precision. A number that JSON does not have (a diverged loss) is written as the string
 "NaN", "Infinity" or "-Infinity", and read back as the float.
+
+A line that is no record costs nobody more than this line: readers leave it out and name it, and a run that goes
+on moves it to metrics.jsonl.damaged.
 """
 
 import json
 import logging
 import math
-from collections.abc import Iterator
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from tide_mega.config.stored import parse_json
 from tide_mega.data.atomic import write_bytes
 from tide_mega.metrics.live_records import LiveRecord, WeightsRecord
 from tide_mega.metrics.records import EvalRecord, EventRecord, TrainRecord
@@ -25,7 +29,7 @@ _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 class JsonlLogger:
-    """Appends records, each on disk as soon as it is logged."""
+    """Appends records, each on disk as soon as it is logged; where the disk refuses, as soon as it takes them."""
 
     def __init__(
         self,
@@ -47,7 +51,9 @@ class JsonlLogger:
             since = "of an earlier run" if resume_step is None else f"after step {resume_step}"
             log.info("%s: dropped %d lines %s, which this run writes again", path, dropped, since)
         self._path = path
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("ab", buffering=0)
+        self._pending = bytearray()
+        self._complained = False
 
     def log_train(self, record: TrainRecord) -> None:
         """Append a line of kind "train"."""
@@ -71,47 +77,74 @@ class JsonlLogger:
 
     def rewind(self, step: int) -> None:
         """Drop the lines of steps after `step`, which come again; events stay, the data goes on."""
-        self._file.close()
-        truncate_after(self._path, step)
-        self._file = self._path.open("a", encoding="utf-8")
+        try:
+            truncate_after(self._path, step)  # makes another file, where it drops something
+            self._file.close()
+            self._file = self._path.open("ab", buffering=0)
+        except OSError as error:
+            log.warning("%s keeps the lines after step %d, which come again: %s", self._path, step, error)
 
     def close(self) -> None:
         """Close the file."""
+        self._flush()
         self._file.close()
+        if self._pending:
+            log.error(
+                "%s lacks its last %d bytes, which could not be written", self._path, len(self._pending)
+            )
 
     def _write(
         self, kind: str, record: TrainRecord | EvalRecord | EventRecord | LiveRecord | WeightsRecord
     ) -> None:
         fields = asdict(record)
         line = {"step": fields.pop("step"), "kind": kind, **fields}
-        self._file.write(json.dumps(_encode(line), allow_nan=False) + "\n")
-        self._file.flush()
+        self._pending += json.dumps(_encode(line), allow_nan=False).encode() + b"\n"
+        self._flush()
+
+    def _flush(self) -> None:
+        """Write what is pending; a log that cannot be written stops no training."""
+        try:
+            while self._pending:
+                del self._pending[: os.write(self._file.fileno(), self._pending)]
+        except OSError as error:
+            if not self._complained:
+                log.warning(
+                    "%s could not be written: %s; training goes on, and lines are kept until they can be",
+                    self._path,
+                    error,
+                )
+            self._complained = True
+        else:
+            self._complained = False
 
 
 def truncate_after(path: Path, step: int, tokens: float = math.inf, *, evaluates_again: bool = False) -> int:
     """Drop the lines of steps after `step`, events after `tokens`, and a last line torn by a kill; -1 drops all.
 
     `evaluates_again` drops what evaluations at `step` itself logged. What stays, stays byte for byte; the file is
-    replaced atomically, so a kill here loses nothing.
+    replaced atomically, so a kill here loses nothing. Damaged lines before the last go to `path`.damaged.
 
     Returns:
         The number of lines dropped.
-
-    Raises:
-        ValueError: if a line before the last is not a record.
     """
     if not path.exists():
         return 0
     lines = path.read_bytes().splitlines(keepends=True)
+    records, damaged = _parsed([] if step < 0 else lines)
     kept = [
         raw
-        for raw, record in ([] if step < 0 else _parsed(path, lines))
+        for raw, record in records
         if _is_before(record, step, tokens)
         and not (evaluates_again and record["step"] == step and record.get("kind") in _OF_EVALUATIONS)
     ]
+    if damaged:
+        aside = path.with_name(path.name + ".damaged")
+        with aside.open("ab") as file:
+            file.writelines(lines[number - 1] for number in damaged)
+        log.warning("%s; they are now in %s", _describe(path, damaged), aside)
     if len(kept) < len(lines):
         write_bytes(path, b"".join(kept))
-    return len(lines) - len(kept)
+    return len(lines) - len(kept) - len(damaged)
 
 
 def _is_before(record: dict[str, Any], step: int, tokens: float) -> bool:
@@ -119,29 +152,50 @@ def _is_before(record: dict[str, Any], step: int, tokens: float) -> bool:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Every record in order, as `{"step", "kind", …}`; a last line torn by a kill is left out.
+    """Every record in order, as `{"step", "kind", …}`.
+
+    A last line torn by a kill is left out; so is a damaged line before it, and the log names it.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if a line before the last is not a record.
     """
-    return [_decode(record) for _, record in _parsed(path, path.read_bytes().splitlines(keepends=True))]
+    records, damaged = _parsed(path.read_bytes().splitlines(keepends=True))
+    if damaged:
+        log.warning("%s and left out", _describe(path, damaged))
+    return [_decode(record) for _, record in records]
 
 
-def _parsed(path: Path, lines: list[bytes]) -> Iterator[tuple[bytes, dict[str, Any]]]:
+def _parsed(lines: list[bytes]) -> tuple[list[tuple[bytes, dict[str, Any]]], dict[int, str]]:
+    """Return whole lines with their records, and what is wrong with the others by number, from 1."""
+    records: list[tuple[bytes, dict[str, Any]]] = []
+    damaged: dict[int, str] = {}
     for number, raw in enumerate(lines, start=1):
-        last = number == len(lines)
-        if last and not raw.endswith(b"\n"):
-            return
         try:
-            record = json.loads(raw)
+            record = parse_json(raw)
         except ValueError as error:
-            if last:
-                return
-            raise ValueError(f"{path}:{number} is not JSON ({error}); repair or remove that line") from error
-        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-            raise ValueError(f"{path}:{number} is not a record with a step; repair or remove that line")
-        yield raw, record
+            damaged[number] = f"is not JSON ({error})"
+            continue
+        if not isinstance(record, dict) or not _is_count(record.get("step")):
+            damaged[number] = "is not a record with a step"
+        elif record.get("kind") == "event" and not _is_count(record.get("tokens")):
+            damaged[number] = "is an event without tokens"
+        else:
+            records.append((raw, record))
+    if lines and not lines[-1].endswith(b"\n"):  # torn, also where what is there happens to be whole
+        damaged.pop(len(lines), None)
+        records = [(raw, record) for raw, record in records if raw is not lines[-1]]
+    elif damaged.get(len(lines), "").startswith("is not JSON"):
+        damaged.pop(len(lines))
+    return records, damaged
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _describe(path: Path, damaged: dict[int, str]) -> str:
+    said = "; ".join(f"line {number} {what}" for number, what in damaged.items())
+    return f"{path} is damaged: {said}"
 
 
 def _encode(value: Any) -> Any:

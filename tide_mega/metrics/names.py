@@ -28,6 +28,8 @@ def train_metrics(record: TrainRecord) -> dict[str, float]:
         "faults/skipped_steps": record.skipped_steps,
         "faults/spikes": record.spikes,
         "faults/rollbacks": record.rollbacks,
+        "faults/skipped_windows": record.skipped_windows,
+        "faults/skipped_shards": record.skipped_shards,
         "faults/slowest_ratio": record.slowest_ratio,
         **_by_layer("null_weight", record.null_weight_by_layer),
     }

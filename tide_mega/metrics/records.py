@@ -45,6 +45,10 @@ class TrainRecord:
     spikes: int = 0
     """Loss spikes of the run so far."""
     rollbacks: int = 0
+    skipped_windows: int = 0
+    """Windows of the training data that could not be read, and whose place others took, in the run so far."""
+    skipped_shards: int = 0
+    """Shards that these are of, or that were skipped at a start."""
     slowest_ratio: float | None = None
     """Own computing time of the slowest replica over the median's since the last log line; None with one."""
     slow_ranks: list[int] = field(default_factory=list)

@@ -1,11 +1,11 @@
-"""Core attention for megatron-core's SelfAttention: RoPE, then flash-attn when present, else torch's SDPA.
+"""Core attention for megatron-core's SelfAttention: RoPE, then torch's SDPA, or flash-attn where that is faster.
 
 Shapes: S sequence, B batch, H query heads and G key/value heads of this rank, C head size.
 """
 
-import importlib
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tide_mega.kernels.compiled import compiled
 from tide_mega.kernels.rope import rotate, rotation
-from tide_mega.parallel.device import detect_libraries
+from tide_mega.parallel.device import flash_attention
 
 
 def takes_groups(query: Tensor) -> bool:
@@ -44,7 +44,6 @@ class CausalCoreAttention(nn.Module):
             raise ValueError(
                 f"CausalCoreAttention cannot do {attention_type} attention with {attn_mask_type}"
             )
-        self.flash = importlib.import_module("flash_attn") if detect_libraries()["flash-attn"] else None
 
     def forward(
         self,
@@ -59,9 +58,11 @@ class CausalCoreAttention(nn.Module):
         cos_S11C, sin_S11C = rotation(S, query_SBHC.size(-1), self.rope_theta, query_SBHC.device)
         turn = compiled(rotate, query_SBHC.device, self.compile_kernels)
         query_SBHC, key_SBGC = turn(query_SBHC, key_SBGC, cos_S11C, sin_S11C)
-        if self.flash is not None and query_SBHC.is_cuda and query_SBHC.dtype.itemsize == 2:
+        flash = flash_attention(query_SBHC.device)
+        if flash is not None and query_SBHC.dtype.itemsize == 2:
             inputs = (x.transpose(0, 1) for x in (query_SBHC, key_SBGC, value_SBGC))
-            out_BSHC = self.flash.flash_attn_func(*inputs, causal=True)
+            deterministic = torch.are_deterministic_algorithms_enabled()
+            out_BSHC = flash(*inputs, causal=True, deterministic=deterministic)
             return out_BSHC.transpose(0, 1).reshape(S, B, -1)
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query_SBHC, key_SBGC, value_SBGC))
         grouped = query.size(1) != key.size(1)

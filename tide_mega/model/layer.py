@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from tide_mega.kernels.mix import mix
 from tide_mega.kernels.norm_router import norm_and_route
 from tide_mega.kernels.token_order import TokenOrder
+from tide_mega.model import token_way
 from tide_mega.model.memory import MemoryBoard
 
 
 class TideLayer(TransformerLayer):
     """h_l = h̃_l + FFN(ñ_l) + m_l (paper 3.6); with K = 0 exactly megatron-core's layer.
 
-    The order of the microbatch's tokens arrives, packed, as megatron's `context` argument, which a decoder-only
-    block carries to every layer, and through activation recompute, without using it.
+    The order of the microbatch's tokens arrives, packed, by the way of `tide_mega.model.token_way`.
     """
 
     def __init__(
@@ -41,18 +41,19 @@ class TideLayer(TransformerLayer):
             self.router_JD.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """Attention, then feed-forward and memory side by side; `context` is a packed TokenOrder."""
-        packed = kwargs.pop("context", None)
+        """Attention, then feed-forward and memory side by side."""
+        packed = token_way.taken_by_layer(kwargs)
         hidden_SBD, _ = self._forward_attention(*args, **kwargs)
         if self.router_JD is None:
-            return self._forward_mlp(hidden_SBD), packed
+            return token_way.left_by_layer(self._forward_mlp(hidden_SBD), packed)
         if self.layer_number - 1 in self.board.silenced:
             # What silence amounts to, so that every layer has weights on the board.
             all_null_SBJ = hidden_SBD.new_zeros(*hidden_SBD.shape[:2], self.router_JD.size(0))
             all_null_SBJ[..., -1] = 1
             self.board.record_alpha(self.layer_number - 1, all_null_SBJ)
-            return self._forward_mlp(hidden_SBD), packed
-        return self._forward_feed_forward(hidden_SBD, self.router_JD, packed), packed
+            return token_way.left_by_layer(self._forward_mlp(hidden_SBD), packed)
+        mixed_SBD = self._forward_feed_forward(hidden_SBD, self.router_JD, packed)
+        return token_way.left_by_layer(mixed_SBD, packed)
 
     def _forward_feed_forward(self, hidden_SBD: Tensor, router_JD: Tensor, packed: Tensor | None) -> Tensor:
         rows_UKD = self.board.rows_UKD

@@ -4,6 +4,7 @@ Shapes: U distinct token types of the step, K memory blocks, J = K + 1, D width,
 S tokens of the sequence on this rank, B sequences.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -75,6 +76,8 @@ class MemoryBoard:
     index from 0."""
     silenced: frozenset[int] = frozenset()
     """Layers, from 0, that leave the memory out (paper, appendix H)."""
+    rows_of: Callable[[Tensor], Tensor] | None = None
+    """When given, what a forward pass reads instead of the memory: M [U, K, D] of distinct ids [U]."""
 
     def record_alpha(self, layer: int, alpha_SBJ: Tensor) -> None:
         """Keep a layer's router weights, if someone asked for them."""

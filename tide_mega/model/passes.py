@@ -3,9 +3,9 @@
 Shapes: B sequences, T tokens, L layers.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -30,6 +30,8 @@ class Microbatch:
     tokens_BT: Tensor
     labels_BT: Tensor
     index_BT: Tensor | None
+    weight: float = 1.0
+    """Of its mean loss in the step's, relative to that of a microbatch in a full batch."""
 
     @property
     def micro_batch_size(self) -> int:
@@ -53,6 +55,7 @@ def compute_gradients(
     batches: list[TokenBatch],
     z_loss: float,
     *,
+    weights: Sequence[float] | None = None,
     window: int | None = None,
     ahead: "Ahead | None" = None,
     own_time: AbstractContextManager[object] | None = None,
@@ -66,6 +69,7 @@ def compute_gradients(
         engine: model and optimizer.
         batches: this replica's microbatches, on every rank that shares the replica.
         z_loss: weight of the z-loss.
+        weights: of each microbatch's mean loss, where a batch is not full (`StepBatches.weights`).
         window: microbatches served by one reading; None means all.
         ahead: the first reading's rows, already under way.
         own_time: entered around what this replica computes by itself.
@@ -78,6 +82,9 @@ def compute_gradients(
         for first in range(0, len(batches), size):
             served = batches[first : first + size]
             microbatches, reading = _read_memory(stage, served, engine, ahead if first == 0 else None)
+            if weights is not None:
+                of_served = zip(microbatches, weights[first : first + size], strict=True)
+                microbatches = [replace(microbatch, weight=weight) for microbatch, weight in of_served]
             step = partial(_forward_step, call=engine, z_loss=z_loss, share=len(served) / len(batches))
             with own_time or nullcontext():
                 results += run_microbatches(
@@ -113,8 +120,14 @@ def read_ahead(stage: TideStage, batches: list[TokenBatch]) -> Ahead | None:
     """Plan the next step's reading and start moving its rows; after the tables have been updated."""
     if stage.num_blocks == 0:
         return None
-    plan = plan_rows([batch.tokens_BT for batch in batches])
-    return Ahead(plan, stage.owned.fetch(plan.ids_U) if stage.owned is not None else None)
+    plan = plan_for(stage, batches)
+    return Ahead(plan, stage.owned.fetch(plan) if stage.owned is not None else None)
+
+
+def plan_for(stage: TideStage, batches: list[TokenBatch]) -> MemoryPlan:
+    """Plan one reading of the memory for these microbatches; collective over the owners of its rows."""
+    owners = stage.owned.owners if stage.owned is not None else None
+    return plan_rows([batch.tokens_BT for batch in batches], stage.vocab_size, owners)
 
 
 @dataclass(frozen=True)
@@ -205,8 +218,8 @@ def _read_memory(
 ) -> tuple[list[Microbatch], MemoryReading | None]:
     if stage.num_blocks == 0:
         return [Microbatch(*batch, None) for batch in batches], None
-    plan = ahead.plan if ahead else plan_rows([batch.tokens_BT for batch in batches])
-    reading = MemoryReading(stage, call, plan.ids_U, ahead.fetch if ahead else None)
+    plan = ahead.plan if ahead else plan_for(stage, batches)
+    reading = MemoryReading(stage, call, plan, ahead.fetch if ahead else None)
     microbatches = [Microbatch(*batch, index) for batch, index in zip(batches, plan.index_MBT, strict=True)]
     return microbatches, reading
 
@@ -223,7 +236,7 @@ def _forward_step(
     virtual = getattr(chunk, "vp_stage", None) or 0
     targets = Targets(microbatch.labels_BT, z_loss)
     output = call(virtual, microbatch.tokens_BT, targets, microbatch.index_BT)
-    return output, partial(_loss_and_sums, share=share)
+    return output, partial(_loss_and_sums, share=share * microbatch.weight)
 
 
 def _loss_and_sums(output: LossTensors, share: float) -> tuple[Tensor, dict[str, Tensor]]:

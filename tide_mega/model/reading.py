@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tide_mega.kernels.row_gradient import RowGradient
 from tide_mega.memory.owned import Fetch
+from tide_mega.memory.plan import MemoryPlan
 from tide_mega.model.stage import TideStage
 from tide_mega.parallel.groups import sum_over
 
@@ -24,23 +25,23 @@ class MemoryReading:
     """
 
     def __init__(
-        self, stage: TideStage, call: Callable[..., Any], ids_U: Tensor, fetch: Fetch | None = None
+        self, stage: TideStage, call: Callable[..., Any], plan: MemoryPlan, fetch: Fetch | None = None
     ) -> None:
         """Read the memory and put it on the stage's board; collective.
 
         Args:
             stage: this process's part of the model.
             call: runs the stage's forward pass: DeepSpeed's engine when training, else the stage.
-            ids_U: the distinct ids of this replica's microbatches, ascending.
+            plan: of this replica's microbatches.
             fetch: rows already under way, where tables are owned outside the model.
         """
-        self.stage, groups = stage, stage.groups
+        self.stage, groups, ids_U = stage, stage.groups, plan.ids_U
         self.rows_UKD: Tensor | None = None
         self.memory_UKD: Tensor | None = None
         self.fetch: Fetch | None = None
         if groups.is_first_stage:
             if stage.owned is not None:
-                self.fetch = fetch or stage.owned.fetch(ids_U)
+                self.fetch = fetch or stage.owned.fetch(plan)
                 self.rows_UKD = stage.owned.rows_of(self.fetch).requires_grad_(torch.is_grad_enabled())
             self.memory_UKD = call(read_ids=ids_U, rows_UKD=self.rows_UKD)
             if stage.owned is None and groups.tensor_size > 1:

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tide_mega.config.schema import ModelConfig
+
 
 @dataclass(frozen=True)
 class ReferenceShape:
@@ -29,10 +31,44 @@ class ReferenceShape:
     norm_eps: float = 1e-5
     tie_embeddings: bool = True
 
+    @classmethod
+    def of(cls, model: ModelConfig, num_blocks: int) -> "ReferenceShape":
+        """Return the shape that a configuration asks for, with K memory blocks."""
+        return cls(
+            model.num_layers,
+            model.hidden_size,
+            model.ffn_hidden_size,
+            model.num_attention_heads,
+            model.num_query_groups,
+            model.vocab_size,
+            num_blocks,
+            model.rope_theta,
+            model.norm_eps,
+            model.tie_embeddings,
+        )
+
     @property
     def head_size(self) -> int:
         """C = D / H."""
         return self.hidden_size // self.num_heads
+
+
+def widened(x: Tensor) -> Tensor:
+    """Return x in at least fp32."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def rows(table_VD: Tensor, tokens_BT: Tensor) -> Tensor:
+    """Return the tokens' rows [B, T, D]; the gradient of a row used often is added up in at least fp32."""
+    return F.embedding(tokens_BT, widened(table_VD)).to(table_VD.dtype)
+
+
+class Embedding(nn.Embedding):
+    """A table of which `rows` are read."""
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        """Return [B, T, D]."""
+        return rows(self.weight, tokens_BT)
 
 
 class RMSNorm(nn.Module):
@@ -45,7 +81,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise in at least fp32, return the input's dtype."""
-        wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+        wide = widened(x)
         unit = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
         return unit.to(x.dtype) * self.weight
 
@@ -63,7 +99,7 @@ class EmbeddingMemory(nn.Module):
     def forward(self, tokens_BT: Tensor) -> Tensor:
         """Return M [B, T, K, D], computed once and shared by all layers."""
         blocks = [
-            norm(F.embedding(tokens_BT, table_VD))
+            norm(rows(table_VD, tokens_BT))
             for norm, table_VD in zip(self.norms, self.tables_KVD, strict=True)
         ]
         return torch.stack(blocks, dim=2)
@@ -160,7 +196,7 @@ class ReferenceTide(nn.Module):
     def __init__(self, shape: ReferenceShape) -> None:
         super().__init__()
         self.shape = shape
-        self.embedding = nn.Embedding(shape.vocab_size, shape.hidden_size)
+        self.embedding = Embedding(shape.vocab_size, shape.hidden_size)
         if shape.num_blocks:
             self.memory = EmbeddingMemory(shape)
         self.layers = nn.ModuleList(Layer(shape) for _ in range(shape.num_layers))

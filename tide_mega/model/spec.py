@@ -57,9 +57,11 @@ def transformer_config(
         virtual_pipeline_model_parallel_size=(
             parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
         ),
-        # megatron-core 0.16 is silently wrong with the defaults when two stages interleave.
+        # megatron-core (0.16 to 0.19) is silently wrong with the defaults when two stages interleave.
         overlap_p2p_comm=parallel.virtual_pipeline > 1,
         batch_p2p_comm=parallel.virtual_pipeline == 1,
+        # Only torch before 1.13 needs the whole device to wait for a batched exchange.
+        batch_p2p_sync=False,
         sequence_parallel=parallel.sequence_parallel,
         params_dtype=dtype,
         pipeline_dtype=dtype,

@@ -3,6 +3,8 @@
 Shapes: B sequences, T tokens, U distinct types, K blocks, D width, L layers.
 """
 
+from collections.abc import Callable
+
 import torch
 from megatron.core import tensor_parallel
 from torch import Tensor, nn
@@ -32,11 +34,16 @@ class TideStage(nn.Module):
         self.board = MemoryBoard(choose_kernels(config.kernels, device, memory.num_blocks))
         self.meter = TrafficMeter()
         self.num_layers, self.num_blocks = model.num_layers, memory.num_blocks
+        self.vocab_size = model.vocab_size
         self.chunk_layers = model.num_layers // (config.parallel.pipeline * config.parallel.virtual_pipeline)
         self.block_shape = (memory.num_blocks, model.hidden_size)
         self.sequence_parallel = config.parallel.sequence_parallel
         megatron_config = transformer_config(
-            model, config.parallel, config.trainer.precision, device, config.kernels.compile
+            model,
+            config.parallel,
+            config.trainer.precision,
+            device,
+            config.kernels.compile,
         )
         self.dtype: torch.dtype = megatron_config.params_dtype
         with cuda_means_cpu():
@@ -71,6 +78,7 @@ class TideStage(nn.Module):
                     optim=config.optim,
                     groups=groups,
                     meter=self.meter,
+                    kernel=self.board.kernels.mix,
                 )
 
     @property
@@ -96,8 +104,20 @@ class TideStage(nn.Module):
         if read_ids is not None:
             if self.memory is None:
                 raise RuntimeError("this stage has no memory to read")
+            if self.board.rows_of is not None:
+                return self._given_rows(self.board.rows_of, read_ids)
             return self.memory(read_ids, rows_UKD)
         return self.chunks[chunk](tokens_BT, targets, index_BT)
+
+    def _given_rows(self, rows_of: Callable[[Tensor], Tensor], ids_U: Tensor) -> Tensor:
+        memory_UKD = rows_of(ids_U)
+        expected = (ids_U.numel(), *self.block_shape)
+        if tuple(memory_UKD.shape) != expected or memory_UKD.dtype != self.dtype:
+            raise ValueError(
+                f"the rows read instead of the memory are {list(memory_UKD.shape)} in {memory_UKD.dtype}: they "
+                f"must be {list(expected)} in {self.dtype}"
+            )
+        return memory_UKD
 
     def null_weights(self) -> Tensor:
         """Return the null-bank weights the layers of all stages left on their boards [L, B, T]; collective.

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from tide_mega.config.schema import TideConfig
 from tide_mega.kernels.token_order import TokenOrder
 from tide_mega.kernels.vocab_loss import vocab_loss, vocab_scores
+from tide_mega.model import token_way
+from tide_mega.model.embedding import InputEmbedding
 from tide_mega.model.memory import MemoryBoard
 from tide_mega.model.spec import block_spec
 from tide_mega.parallel.groups import ParallelGroups
@@ -75,6 +77,8 @@ class TideChunk(GPTModel):
             pg_collection=groups.collection,
             vp_stage=vp_stage,
         )
+        if self.pre_process:
+            self.embedding.word_embeddings = InputEmbedding(self.embedding.word_embeddings)
         self.groups, self.board, self.kernels = groups, board, config.kernels
         if config.model.tie_embeddings and self.output_weight is not None:
             # A copy of the first stage's embedding: DeepSpeed leaves it out of the gradient norm by this.
@@ -107,13 +111,17 @@ class TideChunk(GPTModel):
             [B, T] and whether each label is the first choice [B, T]; on other chunks the hidden state
             [T or its slice, B, D].
         """
-        context = None if index_BT is None else self._order_of_this_rank(index_BT).pack()
-        return super().forward(tokens_BT, None, None, labels=targets, extra_block_kwargs={"context": context})
+        packed = None if index_BT is None else self._order_of_this_rank(index_BT).pack()
+        return super().forward(tokens_BT, None, None, labels=targets, **token_way.for_model(packed))
 
     def _postprocess(
         self, hidden_states: Tensor, *args: Any, labels: Targets | Scored | None, **kwargs: Any
     ) -> Any:
-        """Megatron's step from the last layer's output to the loss: ours where there are targets."""
+        """Megatron's step from the last layer's output to the loss: ours where there are targets.
+
+        A private method, called with these keywords by megatron-core 0.16 to 0.19. From 0.18 on the public
+        `output_processor` argument of `forward` does the same; 0.16, the last for Python 3.11, lacks it.
+        """
         if labels is None or not self.post_process:
             return super()._postprocess(hidden_states, *args, labels=None, **kwargs)
         return self._loss(hidden_states, labels)

@@ -3,6 +3,7 @@
 import contextlib
 import math
 import os
+import sys
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -10,10 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns at import that it had to guess
-import deepspeed
-
+from tide_mega.config.errors import ConfigError
 from tide_mega.config.schema import OptimConfig
 from tide_mega.parallel.device import Device
 from tide_mega.parallel.engine_settings import EngineOptions, ParameterGroup, adamw, deepspeed_config
@@ -21,6 +19,42 @@ from tide_mega.parallel.gradient_ranges import GradientRange, gradient_ranges
 from tide_mega.parallel.gradients import GradientAccumulator
 from tide_mega.parallel.groups import Mpu, ParallelGroups
 from tide_mega.parallel.optimizer_state import OptimizerState
+
+
+def load_deepspeed(device: Device) -> Any:
+    """Import DeepSpeed for the device that was chosen, whatever else this machine has; return the module.
+
+    DeepSpeed binds its memory queries and operator builders to one kind of device while it is imported, so a
+    process keeps the kind that its first engine was built on.
+
+    Raises:
+        ConfigError: this process has DeepSpeed for another kind of device.
+    """
+    kind = device.torch_device.type
+    if "deepspeed" not in sys.modules:
+        os.environ["DS_ACCELERATOR"] = kind
+    import deepspeed
+
+    loaded = deepspeed.accelerator.get_accelerator().device_name()
+    if loaded != kind:
+        raise ConfigError(
+            f"The device {kind} was chosen, but this process has loaded DeepSpeed for {loaded}, which it cannot "
+            f"change: run what needs {kind} in a process of its own."
+        )
+    # Compiling DeepSpeed's shared-memory collectives takes most of a minute and gloo does without.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+@contextlib.contextmanager
+def _local_rank_of(device: Device) -> Iterator[None]:
+    """Name the device to DeepSpeed, which takes LOCAL_RANK for its index: not so where a process sees one GPU."""
+    index, before = device.torch_device.index, os.environ["LOCAL_RANK"]
+    os.environ["LOCAL_RANK"] = before if index is None else str(index)
+    try:
+        yield
+    finally:
+        os.environ["LOCAL_RANK"] = before
 
 
 class OutsideOptimizer(Protocol):
@@ -61,16 +95,20 @@ class Engine:
         self._outside_square: torch.Tensor | None = None
         self._device = device
         self.parameter_groups = [group for group in parameter_groups if group.parameters]
-        # Compiling DeepSpeed's shared-memory collectives takes most of a minute and gloo does without.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        deepspeed.init_distributed(dist_backend=device.backend, verbose=False, dist_init_required=False)
-        self._engine, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=adamw(self.parameter_groups, optim, device),
-            config=deepspeed_config(options, groups.data_size),
-            mpu=Mpu(groups),
-            dist_init_required=False,
-        )
+        self._deepspeed = load_deepspeed(device)
+        self._deepspeed.init_distributed(dist_backend=device.backend, verbose=False, dist_init_required=False)
+        with _local_rank_of(device):
+            self._engine, *_ = self._deepspeed.initialize(
+                model=model,
+                optimizer=adamw(self.parameter_groups, optim, device),
+                config=deepspeed_config(
+                    options,
+                    groups.data_size,
+                    sum(p.numel() for group in self.parameter_groups for p in group.parameters),
+                ),
+                mpu=Mpu(groups),
+                dist_init_required=False,
+            )
         self._accumulator = GradientAccumulator(
             [p for group in self.parameter_groups if group.every_microbatch for p in group.parameters],
             groups,
@@ -193,7 +231,7 @@ class Engine:
 
     def master_weight(self, parameter: nn.Parameter) -> torch.Tensor:
         """Return the fp32 weight that the optimizer updates, whole over data parallelism; collective."""
-        return deepspeed.utils.safe_get_full_fp32_param(parameter)
+        return self._deepspeed.utils.safe_get_full_fp32_param(parameter)
 
     @property
     def state(self) -> OptimizerState:

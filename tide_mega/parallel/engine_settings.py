@@ -1,14 +1,14 @@
 """What the engine is told: groups of parameters, options, and what DeepSpeed and its optimizer make of them."""
 
-import importlib
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from tide_mega.config.device_memory import LIVE_PARAMETERS, REDUCE_BUCKET
 from tide_mega.config.schema import OptimConfig
-from tide_mega.parallel.device import Device, detect_libraries
+from tide_mega.parallel.device import Device, library_function
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class EngineOptions:
 
 def optimizer_name(device: Device) -> str:
     """Return the AdamW implementation that will be used, for the start-up log."""
-    if device.is_cuda and detect_libraries()["apex"]:
+    if device.is_cuda and library_function("apex"):
         return "apex FusedAdam"
     return "torch AdamW (fused)"
 
@@ -51,13 +51,13 @@ def adamw(groups: list[ParameterGroup], optim: OptimConfig, device: Device) -> t
         for group in groups
     ]
     common: dict[str, Any] = {"lr": optim.lr, "betas": (optim.beta1, optim.beta2), "eps": optim.eps}
-    if device.is_cuda and detect_libraries()["apex"]:
-        return importlib.import_module("apex.optimizers").FusedAdam(settings, adam_w_mode=True, **common)
+    if device.is_cuda and (fused_adam := library_function("apex")):
+        return fused_adam(settings, adam_w_mode=True, **common)
     return torch.optim.AdamW(settings, fused=True, **common)
 
 
-def deepspeed_config(options: EngineOptions, data_size: int) -> dict[str, Any]:
-    """Return DeepSpeed's configuration; `data_size` replicas."""
+def deepspeed_config(options: EngineOptions, data_size: int, elements: int) -> dict[str, Any]:
+    """Return DeepSpeed's configuration; `data_size` replicas of `elements` weights on this device."""
     return {
         "train_micro_batch_size_per_gpu": options.micro_batch_size,
         "gradient_accumulation_steps": 1,
@@ -68,7 +68,16 @@ def deepspeed_config(options: EngineOptions, data_size: int) -> dict[str, Any]:
         # With fp32 here DeepSpeed 0.19 turns bf16 at stage 1 into another optimizer, without `accumulate`'s one
         # reduction a step; GradientAccumulator keeps the microbatches' sum in fp32 instead.
         "data_types": {"grad_accum_dtype": options.precision},
-        "zero_optimization": {"stage": options.zero_stage, "overlap_comm": False},
+        "zero_optimization": {
+            "stage": options.zero_stage,
+            "overlap_comm": False,
+            # DeepSpeed allocates the whole bucket. More than all weights have is never used, and with this size
+            # the buckets, and with them the sums, are those of its default of 5e8.
+            "reduce_bucket_size": max(1, min(REDUCE_BUCKET, elements)),
+            "stage3_max_live_parameters": LIVE_PARAMETERS,
+        },
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**31,
+        # On by default, and synchronising: the host would wait for the GPU at every forward pass.
+        "timers": {"throughput": {"enabled": False}},
     }

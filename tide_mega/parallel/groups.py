@@ -1,5 +1,6 @@
 """Process groups: the one door to `torch.distributed` start-up and to megatron-core's parallel state."""
 
+import contextlib
 import gc
 import os
 from dataclasses import dataclass
@@ -15,7 +16,9 @@ from torch.distributed import ProcessGroup
 from tide_mega.config.errors import ConfigError
 from tide_mega.config.schema import ParallelConfig
 from tide_mega.parallel import megatron_cpu
+from tide_mega.parallel.determinism import deterministic_algorithms
 from tide_mega.parallel.device import Device
+from tide_mega.parallel.interface import choose_interface
 
 
 @dataclass(frozen=True)
@@ -82,13 +85,25 @@ class ParallelGroups:
         return self.data.size()
 
 
-def start_distributed(device: Device, world: World, timeout_minutes: float) -> None:
+_until_the_end = contextlib.ExitStack()
+"""What `start_distributed` switched on and `stop_distributed` switches off."""
+
+
+def start_distributed(
+    device: Device, world: World, timeout_minutes: float, *, deterministic: bool = False
+) -> None:
     """Join the job's process group, or make a group of one.
 
+    Until `stop_distributed` megatron computes on `device`, and with `deterministic` the same inputs give the same
+    bits (`tide_mega.parallel.determinism`).
+
     Raises:
-        ConfigError: several processes were announced without MASTER_ADDR and MASTER_PORT.
+        ConfigError: several processes were announced without MASTER_ADDR and MASTER_PORT, or the environment asks
+            for what is not deterministic.
     """
-    megatron_cpu.install()
+    _until_the_end.close()
+    megatron_cpu.redirect(to_cpu=not device.is_cuda)
+    _until_the_end.enter_context(deterministic_algorithms(deterministic, device))
     os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # DeepSpeed refuses to start without it
     if dist.is_initialized():
         return
@@ -103,6 +118,8 @@ def start_distributed(device: Device, world: World, timeout_minutes: float) -> N
             f"WORLD_SIZE={world.size} but {' and '.join(missing)} is not set: start several processes with "
             "`torchrun --nproc-per-node=N -m tide_mega.train ...` or with a script of slurm/."
         )
+    if world.size > world.local_size:
+        choose_interface()
     dist.init_process_group(device.backend, rank=world.rank, world_size=world.size, timeout=timeout)
 
 
@@ -166,11 +183,13 @@ def _drop_groups() -> None:
 
 
 def stop_distributed() -> None:
-    """Leave all groups; without it gloo and NCCL threads abort the interpreter's exit now and then."""
+    """Leave groups and device; without it gloo and NCCL threads abort the interpreter's exit now and then."""
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
+    megatron_cpu.redirect(to_cpu=False)
+    _until_the_end.close()
 
 
 class Mpu:

@@ -1,4 +1,6 @@
-"""What megatron-core 0.16 needs on a machine without CUDA. Active only there; megatron is not edited.
+"""What megatron-core (0.16 to 0.19) needs to compute on the CPU: there while that is the device chosen.
+
+megatron is not edited.
 
 megatron-core computes on whatever device its tensors are on, but allocates a few of them, and keeps its
 random state, through `torch.cuda` by name. Each line below says which call it serves.
@@ -12,26 +14,44 @@ import torch
 from megatron.core.tensor_parallel import random as megatron_random
 from torch.overrides import TorchFunctionMode
 
+_CPU = torch.device("cpu")
+_CUDA: Any = torch.cuda
 
-def install() -> None:
-    """Redirect megatron's hard-coded `torch.cuda` calls to the CPU; does nothing where CUDA exists."""
-    if torch.cuda.is_available() or getattr(torch.cuda, "_tide_redirected", False):
-        return
-    cpu = torch.device("cpu")
-    cuda: Any = torch.cuda
+_REDIRECTIONS: list[tuple[Any, str, Callable[..., Any]]] = [
     # `device=torch.cuda.current_device()`: sequence-parallel buffers (layers.py, mappings.py, utils.py),
     # rotary frequencies (rotary_pos_embedding.py), pipeline receive buffers (p2p_communication.py).
-    cuda.current_device = lambda: cpu
+    (_CUDA, "current_device", lambda: _CPU),
     # Pipeline receives and checkpoint writers wait for the stream; the CPU has none.
-    cuda.synchronize = lambda *_: None
+    (_CUDA, "synchronize", lambda *_: None),
     # The random tracker of tensor parallelism and activation recompute save and restore "the CUDA
-    # generator"; without CUDA the generator that every op draws from is the CPU's.
-    cuda.get_rng_state = lambda *_: torch.get_rng_state()
-    cuda.manual_seed = torch.manual_seed
-    cpu_random: Any = megatron_random
-    cpu_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
-    cpu_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
-    cuda._tide_redirected = True
+    # generator"; the generator that every op on the CPU draws from is the CPU's.
+    (_CUDA, "get_rng_state", lambda *_: torch.get_rng_state()),
+    (_CUDA, "manual_seed", torch.manual_seed),
+    (megatron_random, "_get_cuda_rng_state", lambda *_, **__: torch.get_rng_state()),
+    (megatron_random, "_set_cuda_rng_state", lambda state, *_, **__: torch.set_rng_state(state)),
+]
+
+_replaced: list[Callable[..., Any]] = []
+"""What the redirections stand for, in their order, while they are there."""
+
+
+def redirect(to_cpu: bool) -> None:
+    """Point megatron's hard-coded `torch.cuda` calls at the CPU, or back at CUDA; by the device chosen."""
+    if to_cpu == is_redirected():
+        return
+    if to_cpu:
+        _replaced.extend(getattr(owner, name) for owner, name, _ in _REDIRECTIONS)
+        for owner, name, replacement in _REDIRECTIONS:
+            setattr(owner, name, replacement)
+        return
+    for (owner, name, _), original in zip(_REDIRECTIONS, _replaced, strict=True):
+        setattr(owner, name, original)
+    _replaced.clear()
+
+
+def is_redirected() -> bool:
+    """Whether megatron computes on the CPU in this process."""
+    return bool(_replaced)
 
 
 class _CudaMeansCpu(TorchFunctionMode):
@@ -51,7 +71,7 @@ class _CudaMeansCpu(TorchFunctionMode):
 @contextlib.contextmanager
 def cuda_means_cpu() -> Iterator[None]:
     """Around megatron's pipeline schedules, which allocate their token counter on "cuda" by name."""
-    if torch.cuda.is_available():
+    if not is_redirected():
         yield
         return
     with _CudaMeansCpu():

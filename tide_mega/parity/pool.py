@@ -1,4 +1,4 @@
-"""Warm worker processes joined by gloo.
+"""Warm worker processes joined by gloo, or by NCCL on GPUs.
 
 Importing the stack costs seconds a process, so a pool starts once and runs many functions. A function is
 given by reference (a module-level function of an importable module); every worker calls it with the same
@@ -6,6 +6,7 @@ arguments and the list of their return values, by rank, comes back.
 """
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import tempfile
@@ -18,12 +19,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from tide_mega.config.errors import StatedError
+
 LAST_WORDS_SECONDS = 5.0
 """How long the other workers may still answer once one has failed: they may wait for it for ever."""
 
 
-class WorkerError(RuntimeError):
+class WorkerError(StatedError, RuntimeError):
     """What workers raised, with tracebacks; or that they died, or did not answer in time."""
+
+    has_lines = True
 
 
 def default_timeout(size: int) -> float:
@@ -31,7 +36,7 @@ def default_timeout(size: int) -> float:
     return 60.0 + 30.0 * size
 
 
-def _work(rank: int, size: int, store_path: str, channel: Connection) -> None:
+def _work(rank: int, size: int, kind: str, store_path: str, channel: Connection) -> None:
     os.environ.update(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
     os.environ.update(LOCAL_RANK=str(rank), RANK=str(rank), WORLD_SIZE=str(size))
     # Once a process and library: what it would rather have installed, or deprecates in itself.
@@ -40,11 +45,16 @@ def _work(rank: int, size: int, store_path: str, channel: Connection) -> None:
     import torch.distributed as dist
 
     from tide_mega.parallel import groups, megatron_cpu
+    from tide_mega.parallel.device import choose_device
 
     torch.set_num_threads(1)
-    megatron_cpu.install()
-    dist.init_process_group("gloo", store=dist.FileStore(store_path, size), rank=rank, world_size=size)
+    device = choose_device(kind, rank)
+    megatron_cpu.redirect(to_cpu=not device.is_cuda)
+    dist.init_process_group(
+        device.backend, store=dist.FileStore(store_path, size), rank=rank, world_size=size
+    )
     channel.send(("ok", None))
+    gc.freeze()  # what was imported stays: collecting looks at the rest alone
     with contextlib.suppress(EOFError):  # the parent is gone
         while (task := channel.recv()) is not None:
             function, args = task
@@ -52,23 +62,25 @@ def _work(rank: int, size: int, store_path: str, channel: Connection) -> None:
                 channel.send(("ok", function(*args)))
             except Exception:
                 channel.send(("error", traceback.format_exc()))
+            gc.collect()  # groups kept by cycles, whose threads poll for ever
     groups.stop_distributed()
 
 
 class WorkerPool:
-    """`size` processes in one gloo group, started at the first use.
+    """`size` processes in one group, started at the first use.
 
     A context manager: leaving it ends the workers.
     """
 
-    def __init__(self, size: int, *, timeout: float | None = None) -> None:
+    def __init__(self, size: int, *, timeout: float | None = None, device: str = "cpu") -> None:
         """Describe the pool.
 
         Args:
             size: processes.
             timeout: seconds that starting, and each call, may take; None means `default_timeout(size)`.
+            device: cpu or cuda, a GPU a worker; a process keeps the kind of device its first engine was built on.
         """
-        self.size = size
+        self.size, self.device = size, device
         self.timeout = default_timeout(size) if timeout is None else timeout
         self._folder: tempfile.TemporaryDirectory | None = None
         self._workers: list[Any] = []
@@ -95,7 +107,9 @@ class WorkerPool:
         store = str(Path(self._folder.name) / "store")
         for rank in range(self.size):
             here, there = context.Pipe()
-            worker = context.Process(target=_work, args=(rank, self.size, store, there), daemon=True)
+            worker = context.Process(
+                target=_work, args=(rank, self.size, self.device, store, there), daemon=True
+            )
             worker.start()
             there.close()
             self._workers.append(worker)

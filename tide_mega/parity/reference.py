@@ -23,20 +23,7 @@ TABLES_KVD = "memory.tables_KVD"
 def reference_model(config: TideConfig, device: str = "cpu") -> ReferenceTide:
     """Build the reference with the initial weights that any topology of `config` starts from."""
     model, memory = config.model, config.memory
-    reference = ReferenceTide(
-        ReferenceShape(
-            model.num_layers,
-            model.hidden_size,
-            model.ffn_hidden_size,
-            model.num_attention_heads,
-            model.num_query_groups,
-            model.vocab_size,
-            memory.num_blocks,
-            model.rope_theta,
-            model.norm_eps,
-            model.tie_embeddings,
-        )
-    )
+    reference = ReferenceTide(ReferenceShape.of(model, memory.num_blocks))
     initial = InitialWeights(model, memory, config.trainer.seed)
     with torch.no_grad():
         for name, parameter in canonical_parameters(reference).items():

@@ -9,6 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from tide_mega.data.frequency import BIN_GROUPS, NUM_BINS
+from tide_mega.plotting.typed import TypedFigure
 
 GREY = "#4d4d4d"
 """Of the baseline, which is dashed."""
@@ -20,8 +21,8 @@ HEAT, DIVERGING = "cividis", "PuOr_r"
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """Make an empty figure of so many inches."""
-    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    """Make an empty figure of so many inches, which shows every text as it is typed."""
+    figure = TypedFigure(figsize=(width, height), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 

@@ -3,7 +3,7 @@
 Shapes: B sequences, T tokens, L layers, K blocks, J = K + 1, D width, U distinct token types of a microbatch.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -13,7 +13,10 @@ from torch import Tensor, nn
 from tide_mega.checkpoint.weights import load_weights
 from tide_mega.config.schema import KernelConfig, ParallelConfig, TideConfig
 from tide_mega.data.batch import TokenBatch
+from tide_mega.kernels.row_lookup import sum_rows
 from tide_mega.kernels.row_norm import row_norm
+from tide_mega.kernels.token_order import TokenOrder
+from tide_mega.model.memory import EmbeddingMemory
 from tide_mega.model.passes import EvaluatedBatch, accumulate_row_gradients, evaluate_batches
 from tide_mega.model.stage import TideStage
 from tide_mega.parallel.device import Device
@@ -104,6 +107,38 @@ class TrainedModel:
         finally:
             self.stage.board.silenced = frozenset()
 
+    @contextmanager
+    def reading(self, rows_of: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """Within it forward passes read other rows than the memory's; in one process alone.
+
+        Args:
+            rows_of: gives M [U, K, D], normalised, in the model's dtype, of distinct ids [U], ascending.
+
+        Raises:
+            ValueError: there is no memory, or the model is spread over processes.
+        """
+        self._refuse_parallel()
+        self._memory()
+        self.stage.board.rows_of = rows_of
+        try:
+            yield
+        finally:
+            self.stage.board.rows_of = None
+
+    @torch.no_grad()
+    def table_rows(self, ids_U: Tensor) -> Tensor:
+        """Return the rows E [U, K, D] of ids as they were trained, before their norm; in one process alone."""
+        self._refuse_parallel()
+        tables_VKD = self._memory().tables_WKD
+        assert tables_VKD is not None  # `owners` is tensor
+        return tables_VKD[ids_U]
+
+    @torch.no_grad()
+    def normalised(self, rows_UKD: Tensor) -> Tensor:
+        """Return M [U, K, D] of rows of the tables, in their dtype: RMSNorm and gain (paper 3.3)."""
+        memory = self._memory()
+        return row_norm(memory.norm_version, rows_UKD, memory.gains_KD.to(rows_UKD.dtype), memory.norm_eps)
+
     def look_inside(self, tokens_BT: Tensor) -> Inside:
         """Run tokens forward and keep what every layer made of them; in one process alone."""
         self._refuse_parallel()
@@ -144,8 +179,7 @@ class TrainedModel:
         grad_BTD = leaves[0].grad
         assert grad_BTD is not None
         grad_ND = grad_BTD.transpose(0, 1).flatten(0, 1).float()
-        embedding_UD = torch.zeros(len(ids_U), grad_ND.size(1), device=grad_ND.device)
-        embedding_UD.index_add_(0, index_BT.flatten(), grad_ND)
+        embedding_UD = sum_rows(TokenOrder.sort(index_BT.flatten(), len(ids_U)), grad_ND)
         counts_U = torch.bincount(index_BT.flatten(), minlength=len(ids_U))
         return RowGradients(ids_U, counts_U, embedding_UD, self._before_norm(ids_U, normed_UKD))
 
@@ -158,6 +192,11 @@ class TrainedModel:
         with torch.enable_grad():
             row_norm("naive", rows_UKD, memory.gains_KD.float(), memory.norm_eps).backward(normed_UKD)
         return rows_UKD.grad
+
+    def _memory(self) -> EmbeddingMemory:
+        if self.stage.memory is None:
+            raise ValueError("the model has no memory (K = 0), so there are no rows of it to read")
+        return self.stage.memory
 
     def _here(self, batch: TokenBatch) -> TokenBatch:
         return TokenBatch(*(x.to(self.device.torch_device) for x in batch))

@@ -1,5 +1,6 @@
 """A run folder, or one checkpoint of it, opened for reading."""
 
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,9 +18,12 @@ from tide_mega.checkpoint.state import SavedState, deciles_checksum
 from tide_mega.config.errors import ConfigError
 from tide_mega.config.hydra_door import from_yaml
 from tide_mega.config.schema import TideConfig
-from tide_mega.data.frequency import UNSEEN, DecileTable
-from tide_mega.data.index import DatasetIndex
-from tide_mega.data.tokenizer import Tokenizer, load_tokenizer
+from tide_mega.data.frequency import UNSEEN, DecileTable, load_counts
+from tide_mega.data.stream import TokenStream
+from tide_mega.data.tokenizer import Tokenizer
+from tide_mega.data.vocabulary import dataset_tokenizer
+
+log = logging.getLogger(__name__)
 
 CHUNK_ELEMENTS = 2**25
 """Stored rows read at a time: 128 MB."""
@@ -116,7 +120,7 @@ class TrainedRun:
         chosen = where if is_checkpoint else _newest(folder, text)
         if problems := _problems(chosen):
             raise ConfigError(f"{chosen} is damaged: {'; '.join(problems)}. Choose another checkpoint.")
-        config = from_yaml((folder / "config.yaml").read_text(encoding="utf-8"))
+        config = _config_of(folder)
         dataset = Path(data or config.data.path)
         if not (dataset / "index.json").is_file():
             raise ConfigError(
@@ -151,13 +155,19 @@ class TrainedRun:
         return self.tokens_at(self.weights)
 
     @property
+    def tokens_per_step(self) -> float:
+        """Mean over the optimizer steps up to the checkpoint: the batch may have changed on the way."""
+        progress = self.weights.state.progress.count_tokens(self.config.data.seq_length)
+        return progress.tokens / progress.step
+
+    @property
     def metrics(self) -> Path:
         """What the run logged (`tide_mega.metrics.jsonl`)."""
         return self.folder / "metrics.jsonl"
 
     def tokens_at(self, weights: StoredWeights) -> int:
         """Training tokens consumed at one of `history`."""
-        return weights.state.progress.samples * self.config.data.seq_length
+        return weights.state.progress.count_tokens(self.config.data.seq_length).consumed_tokens
 
     @cached_property
     def history(self) -> list[StoredWeights]:
@@ -169,8 +179,15 @@ class TrainedRun:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The dataset's."""
-        index = DatasetIndex.load(self.data)
-        return load_tokenizer(self.data / index.tokenizer.file, index.options.get("eos_token"))
+        return dataset_tokenizer(self.data)
+
+    def open_text(self, split: str) -> TokenStream:
+        """Open a split of the dataset as the run's training did, skipped shards and all.
+
+        Raises:
+            DataError: the data is damaged.
+        """
+        return TokenStream.of_run(self.config.data, split, folder=self.data, logger=log)
 
     @cached_property
     def deciles(self) -> DecileTable:
@@ -180,7 +197,7 @@ class TrainedRun:
     @cached_property
     def counts(self) -> np.ndarray:
         """How often each type of the model's vocabulary occurs in the prepared training text [V]."""
-        counts = np.load(self.data / "counts.npy", allow_pickle=False)
+        counts = load_counts(self.data)
         return np.pad(counts, (0, self.config.model.vocab_size - len(counts)))
 
     @cached_property
@@ -201,6 +218,14 @@ def open_runs(paths: Sequence[str], data: str | None = None) -> list[TrainedRun]
     if twice := sorted({label for label in labels if labels.count(label) > 1}):
         raise ConfigError(f"two runs are called {twice[0]}: name them, run=first=<path>,second=<path>.")
     return runs
+
+
+def _config_of(folder: Path) -> TideConfig:
+    path = folder / "config.yaml"
+    try:
+        return from_yaml(path.read_text(encoding="utf-8"))
+    except (ConfigError, OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not a configuration of this version: {error}") from error
 
 
 def _newest(folder: Path, given: str) -> Path:

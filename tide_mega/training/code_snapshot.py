@@ -1,7 +1,9 @@
-"""The exact code of a start, kept in the run folder: one archive for each state the code was in.
+"""The code of a start, kept in the run folder: one archive for each state the code was in.
 
 An archive is named after the commit, and after the content too where that differs from the commit or where there
-is no checkout. It holds every file, new ones too, so that it needs no repository to be read again.
+is no checkout. It holds whole files, so that it needs no repository to be read again: those that git tracks, with
+the changes made to them. Links are never followed, files with a secret's name are never read, and the folder is
+for its owner alone.
 """
 
 import functools
@@ -9,12 +11,17 @@ import gzip
 import hashlib
 import io
 import logging
+import os
+import stat
 import subprocess
 import tarfile
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from fnmatch import fnmatch
+from pathlib import Path, PurePosixPath
 
 import tide_mega
+from tide_mega.config.errors import printable
 from tide_mega.data.atomic import write_bytes
 
 log = logging.getLogger(__name__)
@@ -22,6 +29,15 @@ log = logging.getLogger(__name__)
 _PARTS = ("tide_mega", "conf", "slurm", "tools", "pyproject.toml", "constraints.txt")
 _MOST_BYTES = 1_000_000
 """A larger file is no code: it is left out, and named."""
+_MOST_NAMED = 20
+_SECRET_NAMES = (
+    ".env*", "*.env", ".netrc", "_netrc", ".pgpass", ".pypirc", ".npmrc", ".aws", ".ssh", ".gnupg", ".kube",
+    "*.pem", "*.key", "*.p12", "*.pfx", "*.jks", "*.kdbx", "*.keytab", "*.gpg", "*.asc",
+    "id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*",
+    "*secret*", "*credential*", "*password*", "*passwd*", "*api_key*", "*api-key*", "*apikey*",
+    "token", "token.*", "tokens", "*_token", "*_token.*", "*-token", "*-token.*",
+)  # fmt: skip
+"""Patterns, of lower case, for the parts of a path."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +49,8 @@ class CodeSnapshot:
     archive: bytes
     """A tar.gz of `files`."""
     files: tuple[str, ...]
-    left_out: tuple[str, ...]
+    left_out: Mapping[str, str]
+    """Files that lie among the code and are not in the archive, and why."""
     patch: bytes
     """What `git diff` says against the commit; empty where the code is the commit's, or there is none."""
 
@@ -46,18 +63,24 @@ def keep_code(folder: Path) -> str | None:
     try:
         snapshot = running_code()
         archive = folder / f"{snapshot.id}.tar.gz"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.chmod(0o700)
         if not archive.exists():
-            folder.mkdir(parents=True, exist_ok=True)
             if snapshot.patch:
-                write_bytes(folder / f"{snapshot.id}.patch", snapshot.patch)
-            write_bytes(archive, snapshot.archive)
+                write_bytes(folder / f"{snapshot.id}.patch", snapshot.patch, mode=0o600)
+            write_bytes(archive, snapshot.archive, mode=0o600)
             if snapshot.left_out:
-                names = ", ".join(snapshot.left_out)
-                log.warning("the copy of the code leaves out files over %d bytes: %s", _MOST_BYTES, names)
+                log.warning("the copy of the code leaves out %s", _named(snapshot.left_out))
     except OSError as error:
         log.warning("the code of this start could not be kept in %s: %s", folder, error)
         return None
     return snapshot.id
+
+
+def _named(left_out: Mapping[str, str]) -> str:
+    names = [f"{printable(name)} ({why})" for name, why in left_out.items()]
+    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+    return ", ".join(names[:_MOST_NAMED]) + more
 
 
 @functools.cache
@@ -69,52 +92,84 @@ def running_code() -> CodeSnapshot:
 def take(root: Path) -> CodeSnapshot:
     """Take the code below `root`, the folder that holds the package."""
     commit = _git(root, "rev-parse", "HEAD")
-    listed = _git(root, "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", *_PARTS)
+    tracked = _list(root, "--cached")
     # A package installed inside someone else's checkout is not that checkout's code.
-    is_checkout = (
-        commit is not None and listed is not None and b"tide_mega/__init__.py" in listed.split(b"\0")
-    )
-    names = (name.decode() for name in (listed or b"").split(b"\0") if name) if is_checkout else _walk(root)
-    content, left_out = {}, []
-    for name in sorted(set(names)):
-        path = root / name
-        if not path.is_file():  # deleted, but not yet from the index
-            continue
-        if path.stat().st_size > _MOST_BYTES:
-            left_out.append(name)
-        else:
-            content[name] = path.read_bytes()
+    is_checkout = commit is not None and "tide_mega/__init__.py" in tracked
+    names = tracked if is_checkout else _walk(root)
+    content: dict[str, bytes] = {}
+    left_out: dict[str, str] = {}
+    for name in names:
+        if _is_secret(name):
+            left_out[name] = "a secret's name"
+        elif reason := _why_not(root, name):
+            left_out[name] = reason
+        elif (data := _read(root / name)) is not None:  # None: deleted, but not yet from the index
+            content[name] = data
+    patch = b""
+    if is_checkout:
+        # Settings of git could have a program show the changes.
+        shown = ("--binary", "--no-ext-diff", "--no-textconv", "HEAD", "--", *_PARTS)
+        patch = _git(root, "diff", *shown, *(f":(exclude,literal){name}" for name in left_out)) or b""
+        left_out |= dict.fromkeys(_list(root, "--others", "--exclude-standard"), "not tracked by git")
     digest = hashlib.sha256()
     for name, data in content.items():
-        digest.update(f"{name}\0{len(data)}\0".encode() + data)
+        digest.update(os.fsencode(name) + f"\0{len(data)}\0".encode() + data)
     return CodeSnapshot(
         id=_name(root, commit if is_checkout else None, digest.hexdigest()),
         archive=_pack(content),
         files=tuple(content),
-        left_out=tuple(left_out),
-        patch=(_git(root, "diff", "--binary", "HEAD", "--", *_PARTS) or b"") if is_checkout else b"",
+        left_out=left_out,
+        patch=patch,
     )
+
+
+def _is_secret(name: str) -> bool:
+    parts = PurePosixPath(name.lower()).parts
+    return any(fnmatch(part, pattern) for part in parts for pattern in _SECRET_NAMES)
+
+
+def _why_not(root: Path, name: str) -> str | None:
+    """Why a file is not to be read, None if it may be, or if it is not there."""
+    path = root
+    for part in PurePosixPath(name).parts:
+        path = path / part
+        if path.is_symlink():
+            return "a link"
+    if path.is_file() and path.stat().st_size > _MOST_BYTES:
+        return f"over {_MOST_BYTES} bytes"
+    return None
+
+
+def _read(path: Path) -> bytes | None:
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return None
+    with os.fdopen(descriptor, "rb") as file:
+        return file.read() if stat.S_ISREG(os.fstat(descriptor).st_mode) else None
 
 
 def _name(root: Path, commit: bytes | None, content_hash: str) -> str:
     if commit is None:
         return content_hash[:12]
     short = commit.decode().strip()[:12]
-    is_clean = _git(root, "status", "--porcelain", "--", *_PARTS) == b""
+    is_clean = _git(root, "status", "--porcelain", "--untracked-files=no", "--", *_PARTS) == b""
     return short if is_clean else f"{short}-{content_hash[:8]}"
 
 
+def _list(root: Path, *which: str) -> list[str]:
+    listed = _git(root, "ls-files", "-z", *which, "--", *_PARTS) or b""
+    return sorted({os.fsdecode(name) for name in listed.split(b"\0") if name})
+
+
 def _walk(root: Path) -> list[str]:
-    found = []
+    found = [part for part in _PARTS if (root / part).is_file()]
     for part in _PARTS:
-        path = root / part
-        files = [path] if path.is_file() else path.rglob("*")
-        found += [
-            file.relative_to(root).as_posix()
-            for file in files
-            if file.is_file() and "__pycache__" not in file.parts and file.suffix != ".pyc"
-        ]
-    return found
+        for folder, _, names in os.walk(root / part):
+            below = Path(folder).relative_to(root)
+            if "__pycache__" not in below.parts:
+                found += [(below / name).as_posix() for name in names if not name.endswith(".pyc")]
+    return sorted(found)
 
 
 def _pack(content: dict[str, bytes]) -> bytes:

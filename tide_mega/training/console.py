@@ -7,21 +7,31 @@ import sys
 from collections.abc import Iterator
 from typing import NoReturn
 
-from tide_mega.config.errors import ConfigError
-from tide_mega.data.errors import DataError
-from tide_mega.training.exits import Exit
+from tide_mega.config.errors import StatedError, printable
+from tide_mega.config.exits import Exit
+from tide_mega.config.urls import without_credentials
 from tide_mega.training.interrupt import RunStoppedError
-from tide_mega.training.trainer import DivergedError
 
-_STATUSES = {ConfigError: Exit.CONFIG, DataError: Exit.DATA, DivergedError: Exit.DIVERGED}
+
+class _Formatter(logging.Formatter):
+    """Escapes control characters, indents what follows a line break, and takes credentials out of URLs."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return "\n    ".join(map(printable, super().formatMessage(record).split("\n")))
+
+    def format(self, record: logging.LogRecord) -> str:
+        return without_credentials(super().format(record))
 
 
 def set_up_logging() -> None:
-    """Log this package's messages to standard output, on rank 0; other ranks log warnings and worse."""
+    """Log this package's messages to standard output, on rank 0; other ranks log warnings and worse.
+
+    URLs are logged without their credentials.
+    """
     rank = int(os.environ.get("RANK", "0"))
     prefix = "" if rank == 0 else f"[rank {rank}] "
     handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(logging.Formatter(f"%(asctime)s {prefix}%(message)s", "%H:%M:%S"))
+    handler.setFormatter(_Formatter(f"%(asctime)s {prefix}%(message)s", "%H:%M:%S"))
     logger = logging.getLogger("tide_mega")
     logger.handlers = [handler]
     logger.propagate = False
@@ -41,12 +51,12 @@ def leave_at_once(status: Exit) -> NoReturn:
 
 @contextlib.contextmanager
 def exit_on_run_error() -> Iterator[None]:
-    """Turn what a user can mend into its sentence and an exit status; anything else keeps its traceback."""
+    """Turn what a user can mend into its sentence and its exit status; anything else keeps its traceback."""
     try:
         yield
     except RunStoppedError as stopped:
         logging.getLogger("tide_mega").info("%s", stopped)
         leave_at_once(Exit.STOPPED)
-    except tuple(_STATUSES) as error:
+    except StatedError as error:
         print(error, file=sys.stderr, flush=True)
-        raise SystemExit(_STATUSES[type(error)]) from None
+        raise SystemExit(error.exit_status) from None

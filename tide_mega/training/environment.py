@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 import tide_mega
+from tide_mega.config.urls import without_credentials
 from tide_mega.config.versions import package_versions
 from tide_mega.parallel.device import detect_libraries
 
@@ -33,14 +34,18 @@ def device_name(device: torch.device) -> str:
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:
-    """Commit and whether tracked files differ from it; None outside a checkout that tracks `folder`."""
+    """Commit, whether tracked files differ from it, and the URL of `origin` without credentials.
+
+    None outside a checkout that tracks `folder`.
+    """
     if _git(folder, "ls-files", "--error-unmatch", ".") is None:
         return None
     commit = _git(folder, "rev-parse", "HEAD")
     status = _git(folder, "status", "--porcelain", "--untracked-files=no")
     if commit is None or status is None:
         return None
-    return {"commit": commit, "dirty": bool(status)}
+    remote = _git(folder, "remote", "get-url", "origin")
+    return {"commit": commit, "dirty": bool(status), "remote": remote and without_credentials(remote)}
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

@@ -9,11 +9,10 @@ from torch import Tensor
 
 from tide_mega.config.schema import TideConfig
 from tide_mega.data.batch import IGNORE_LABEL, TokenBatch
-from tide_mega.data.index import DatasetIndex
 from tide_mega.data.loader import validation_batches
 from tide_mega.data.stream import TokenStream
 from tide_mega.data.texts import TextSet, load_texts
-from tide_mega.data.tokenizer import load_tokenizer
+from tide_mega.data.vocabulary import dataset_tokenizer
 from tide_mega.metrics.deciles import DecileLoss, NullWeight
 from tide_mega.metrics.records import EvalRecord, TextResult
 from tide_mega.model.passes import EvaluatedBatch, evaluate_batches
@@ -30,13 +29,12 @@ def open_texts(config: TideConfig) -> list[TextSet]:
     """
     if not config.data.perplexity_texts:
         return []
-    folder = Path(config.data.path)
-    index = DatasetIndex.load(folder)
-    tokenizer = load_tokenizer(folder / index.tokenizer.file, index.options.get("eos_token"))
+    tokenizer = dataset_tokenizer(Path(config.data.path))
     return load_texts(
         config.data.perplexity_texts,
         tokenizer,
         max_tokens=config.data.perplexity_tokens,
+        max_document_bytes=config.data.max_document_bytes,
         key="data.perplexity_texts",
         vocab_size=config.model.vocab_size,
     )

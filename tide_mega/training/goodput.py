@@ -15,7 +15,6 @@ shutdown     closing logs and loaders
 down         between the last sign of one process and the birth of the next
 """
 
-import json
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +24,7 @@ from typing import Any
 
 import psutil
 
+from tide_mega.config.stored import parse_json
 from tide_mega.data.atomic import write_json
 
 log = logging.getLogger(__name__)
@@ -171,7 +171,7 @@ def _read(path: Path | None) -> dict[str, Any]:
     if path is None or not path.exists():
         return {}
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
+        kept = parse_json(path.read_text(encoding="utf-8"))
         return kept if {"first_start", "starts", "updated", "seconds"} <= kept.keys() else {}
     except (OSError, ValueError, AttributeError) as error:
         log.warning("%s cannot be read (%s): goodput is counted from this start", path, error)

@@ -15,8 +15,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import ProcessGroup
 
-from tide_mega.training.slurm_job import SlurmJob
+from tide_mega.config.errors import StatedError
+from tide_mega.config.exits import Exit
+from tide_mega.jobs.slurm_job import SlurmJob
 
 log = logging.getLogger(__name__)
 
@@ -25,8 +28,10 @@ _NOT_ASKED, _TIME_IS_UP = 0, 1
 """What a rank says to the others: one of these, or the number of a signal (all are above 1)."""
 
 
-class RunStoppedError(RuntimeError):
+class RunStoppedError(StatedError, RuntimeError):
     """The run was asked to stop and has saved where it stands; the same command continues it."""
+
+    exit_status = Exit.STOPPED
 
 
 class Interrupt:
@@ -113,9 +118,10 @@ class Agreement:
     signal stops the run at most two steps later. Alone, a process answers at once.
     """
 
-    def __init__(self, interrupt: Interrupt, device: torch.device) -> None:
-        self._interrupt, self._device = interrupt, device
-        self._flag = torch.zeros((), dtype=torch.int32, device=device)
+    def __init__(self, interrupt: Interrupt, group: ProcessGroup | None = None) -> None:
+        """Agree among a group that moves host memory, so that reading the answer does not wait for a GPU."""
+        self._interrupt, self._group = interrupt, group
+        self._flag = torch.zeros((), dtype=torch.int32)
         self._under_way: Any = None
         self._alone = not dist.is_initialized() or dist.get_world_size() == 1
 
@@ -127,8 +133,8 @@ class Agreement:
         if self._under_way is not None:
             self._under_way.wait()
             answer = int(self._flag)
-        self._flag = torch.tensor(self._interrupt.wish(), dtype=torch.int32, device=self._device)
-        self._under_way = dist.all_reduce(self._flag, dist.ReduceOp.MAX, async_op=True)
+        self._flag = torch.tensor(self._interrupt.wish(), dtype=torch.int32)
+        self._under_way = dist.all_reduce(self._flag, dist.ReduceOp.MAX, group=self._group, async_op=True)
         return _describe(answer)
 
     def close(self) -> None:

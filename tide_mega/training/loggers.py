@@ -2,16 +2,15 @@
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
 from types import TracebackType
 from typing import Protocol
 
-from tide_mega.checkpoint import TrainingState
+from tide_mega.config.describe import keyed
 from tide_mega.config.schema import TideConfig
-from tide_mega.config.validate import total_steps
 from tide_mega.metrics.jsonl import JsonlLogger
 from tide_mega.metrics.live_records import LiveRecord, WeightsRecord
 from tide_mega.metrics.records import EvalRecord, EventRecord, TrainRecord
+from tide_mega.training.outset import ORIGIN, SCHEDULE, Outset
 from tide_mega.training.progress import Progress
 from tide_mega.training.runfolder import RunFolder
 from tide_mega.training.wandb_logger import WandbLogger
@@ -94,18 +93,23 @@ class Loggers:
 
 
 def open_loggers(
-    config: TideConfig, folder: RunFolder, state: TrainingState, *, evaluates_again: bool
+    config: TideConfig, folder: RunFolder, outset: Outset, *, total_steps: int, evaluates_again: bool
 ) -> Loggers:
     """Open metrics.jsonl, the console and W&B where the run stands; keeps W&B's identity in folder and state.
 
     `evaluates_again`: the run begins with the evaluation of the step it stands at.
     """
+    state = outset.state
     known = (folder.read_wandb_id() if config.checkpoint.resume else None) or state.wandb_run_id
     wandb_logger = WandbLogger(
-        config.logging, folder.path, name=config.run.name, run_config=asdict(config), run_id=known
+        config.logging,
+        folder.path,
+        name=config.run.name,
+        run_config=keyed(config) | {SCHEDULE: outset.schedule.to_json(), ORIGIN: state.extra.get(ORIGIN)},
+        run_id=known,
     )
     state.wandb_run_id = wandb_logger.run_id
     folder.write_wandb_id(wandb_logger.run_id)
-    resumed, tokens = state.step or None, state.samples * config.data.seq_length
-    jsonl = JsonlLogger(folder.metrics, resumed, tokens, evaluates_again=evaluates_again)
-    return Loggers([jsonl, Progress(total_steps(config)), wandb_logger])
+    resumed = state.step if outset.is_resumed else None
+    jsonl = JsonlLogger(folder.metrics, resumed, state.consumed_tokens, evaluates_again=evaluates_again)
+    return Loggers([jsonl, Progress(total_steps), wandb_logger])

@@ -7,6 +7,8 @@ import torch
 # Dense TFLOP/s (bf16 tensor cores, fp32 without TF32) from NVIDIA's data sheets, which print the bf16
 # figure with sparsity, twice this. The first name contained in the device's name counts.
 _PEAK_TFLOPS: tuple[tuple[str, dict[str, float]], ...] = (
+    ("GB300", {"bf16": 2500.0, "fp32": 80.0}),
+    ("B300", {"bf16": 2250.0, "fp32": 75.0}),
     ("GB200", {"bf16": 2500.0, "fp32": 80.0}),
     ("B200", {"bf16": 2250.0, "fp32": 75.0}),
     ("H200 NVL", {"bf16": 835.0, "fp32": 60.0}),

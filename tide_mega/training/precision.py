@@ -1,7 +1,6 @@
 """What `trainer.precision=auto` means for a run."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -15,7 +14,7 @@ def resolve_precision(config: TideConfig, device: Device) -> TideConfig:
     """Replace `auto`: what the run began with, else bf16 where every process computes faster in it; collective."""
     if config.trainer.precision != "auto":
         return config
-    folder = RunFolder(Path(config.run.root) / config.run.name)
+    folder = RunFolder.of(config)
     if folder.config.exists():
         precision = read_config(folder).trainer.precision
     else:

@@ -64,6 +64,8 @@ def format_train(record: TrainRecord, total_steps: int) -> str:
     for name, count in (("skipped", record.skipped_steps), ("rollbacks", record.rollbacks)):
         if count:
             parts.append(f"{name} {count}")
+    if record.skipped_windows:
+        parts.append(f"windows left out {record.skipped_windows}")
     if record.slow_ranks:
         parts.append(f"slow ranks {', '.join(map(str, record.slow_ranks))} ({record.slowest_ratio:.2f} x)")
     parts.append(f"ETA {format_duration(record.eta_seconds)}")

@@ -60,14 +60,12 @@ class Reactions:
 
     def _roll_back(self) -> bool:
         """Load the newest checkpoint, but go on with the data that comes next; whether there was one."""
-        samples = self._state.samples
         with self._ledger.spend("resume"):
             loaded = self._checkpoints.restore()
         if loaded is None:
             log.warning("there is no whole checkpoint to go back to")
             return False
-        vars(self._state).update(vars(loaded))
-        self._state.samples = samples
+        self._state.go_back_to(loaded)
         self._guard.policy.rewind(self._state.extra.get(FAULTS, {}))
         self._ledger.go_back(self._state.step)
         self._reporter.rewind()

@@ -11,7 +11,6 @@ from torch import Tensor
 from tide_mega.checkpoint import TrainingState
 from tide_mega.config.schema import TideConfig
 from tide_mega.config.sizes import flops_per_token
-from tide_mega.config.validate import total_steps
 from tide_mega.data.batch import TokenBatch
 from tide_mega.metrics.live_records import LiveRecord
 from tide_mega.metrics.records import EvalRecord, EventRecord, TrainRecord
@@ -23,6 +22,7 @@ from tide_mega.training.evaluation import Evaluator
 from tide_mega.training.faults.guard import StepGuard
 from tide_mega.training.faults.policy import Verdict
 from tide_mega.training.goodput import Ledger
+from tide_mega.training.left_out import LeftOut
 from tide_mega.training.live.null_weights import StepNullWeights
 from tide_mega.training.live.table_gradients import table_square_norms
 from tide_mega.training.live.weights import WeightDiagnostics
@@ -46,14 +46,17 @@ class Reporter:
         bins_V: Tensor,
         evaluator: Evaluator,
         guard: StepGuard,
+        left_out: LeftOut,
         ledger: Ledger,
         state: TrainingState,
+        total_steps: int,
         loggers: Loggers,
     ) -> None:
         """Go on from where `state` stands; `bins_V` is the decile of every type, on the device."""
+        self._total_steps = total_steps
         self._config, self._engine, self._device = config, engine, device
         self._evaluator, self._guard, self._ledger = evaluator, guard, ledger
-        self._state, self.loggers = state, loggers
+        self._state, self.loggers, self._left_out = state, loggers, left_out
         self._stage: TideStage = engine.module
         self._is_first = dist.get_rank() == 0
         with_diagnostics = config.logging.diagnostics
@@ -69,11 +72,10 @@ class Reporter:
         self._table_squares_K: Tensor | None = None
         self._weights = WeightDiagnostics(engine, bins_V, config.trainer.seed) if with_diagnostics else None
         self._throughput = Throughput(
-            tokens_per_step=config.trainer.global_batch_size * config.data.seq_length,
             flops_per_token=flops_per_token(config.model, config.memory, config.data.seq_length),
             devices=dist.get_world_size(),
             peak_tflops=device_peak(config, device, is_quiet=not self._is_first),
-            total_steps=total_steps(config),
+            total_steps=total_steps,
             clock=ledger.training_seconds,
         )
         self._metered_from = state.step
@@ -84,11 +86,11 @@ class Reporter:
     @property
     def tokens(self) -> int:
         """Training tokens consumed so far, over all ranks."""
-        return self._state.samples * self._config.data.seq_length
+        return self._state.consumed_tokens
 
     def start(self) -> None:
         """Begin to measure speed, with the state's steps done; local."""
-        self._throughput.start(self._state.step)
+        self._throughput.start(self._state.step, self.tokens)
         self._metered_from = self._state.step
 
     def before_step(self, *, logged: bool) -> None:
@@ -113,8 +115,9 @@ class Reporter:
         state, counts = self._state, self._guard.policy.counts
         means, null_weight = self.window.means(), self._null_weights.read(batches)
         slow = self._guard.stragglers()
-        reading = self._throughput.read(state.step)
+        reading = self._throughput.read(state.step, self.tokens)
         table_norms = self._table_norms()
+        self._left_out.gather()
         memory, peak = self._memory() if self._config.logging.diagnostics else (None, None)
         moved = sum(both["sent"] + both["received"] for both in self._traffic.values())
         self._last_train = TrainRecord(
@@ -131,6 +134,8 @@ class Reporter:
             skipped_steps=counts.skipped_steps,
             spikes=counts.spikes,
             rollbacks=counts.rollbacks,
+            skipped_windows=self._left_out.windows,
+            skipped_shards=self._left_out.shards,
             slowest_ratio=slow.slowest_ratio,
             slow_ranks=[rank for replica in slow.slow for rank in replica.ranks],
             memory_bytes=memory,
@@ -177,8 +182,9 @@ class Reporter:
                 self.loggers.log_weights(found)
 
     def keep(self) -> None:
-        """Put the sums since the last log line into the state, to be saved with it."""
+        """Put the sums since the last log line, and what was left out, into the state, to be saved with it."""
         self.window.keep(self._state)
+        self._left_out.keep()
 
     def rewind(self) -> None:
         """Go on from where the state now stands, after a rollback; local."""
@@ -192,8 +198,10 @@ class Reporter:
         summary = summarise(
             self._ledger,
             self._guard.policy.counts,
+            skipped_windows=self._left_out.windows,
+            skipped_shards=self._left_out.shards,
             steps=self._state.step,
-            total_steps=total_steps(self._config),
+            total_steps=self._total_steps,
             tokens=self.tokens,
             last_train=self._last_train,
             last_eval=self._last_eval,

@@ -1,22 +1,32 @@
 """The run folder `run.root/run.name`: where a run's configuration, environment and metrics live."""
 
-import json
 import logging
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
-from tide_mega.config.errors import ConfigError
+from tide_mega.checkpoint import owner
+from tide_mega.config.describe import keyed
+from tide_mega.config.errors import ConfigError, StatedError
 from tide_mega.config.hydra_door import from_yaml, to_yaml
+from tide_mega.config.paths import is_same_place
 from tide_mega.config.schema import TideConfig
+from tide_mega.config.stored import parse_json
 from tide_mega.data.atomic import write_bytes, write_json
+from tide_mega.data.errors import DataError
+from tide_mega.data.index import DatasetIndex
+from tide_mega.jobs.folder_lock import FolderLock
+from tide_mega.jobs.slurm_job import SlurmJob
+from tide_mega.parallel.groups import make_host_group
 from tide_mega.training.code_snapshot import keep_code
+from tide_mega.training.course import Course, Position
 from tide_mega.training.environment import describe_environment
-from tide_mega.training.slurm_job import SlurmJob
-from tide_mega.training.starts import add_start, keep_config
+from tide_mega.training.starts import add_start, keep_config, read_starts
 
 log = logging.getLogger(__name__)
 
@@ -25,11 +35,15 @@ _FIXED_SECTIONS = ("model", "memory", "data", "optim")
 _WANDB_ID, _FINISHED = "wandb_run_id", "finished.json"
 _FREE_KEYS = frozenset(
     {
-        *("data.num_workers", "data.verify", "data.perplexity_texts", "data.perplexity_tokens"),
+        *("data.num_workers", "data.verify", "data.on_bad_shard"),
+        *("data.perplexity_texts", "data.perplexity_tokens", "data.max_document_bytes"),
+        "optim.reschedule",
         *("memory.owners", "memory.window", "memory.exchange_ahead"),
     }
 )
 """Keys in them that change nothing of what is trained."""
+_PATHS = frozenset({"data.path", "data.perplexity_texts", "checkpoint.remote"})
+"""Keys that may be spelled in another way at each start."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +51,11 @@ class RunFolder:
     """Paths in a run folder."""
 
     path: Path
+
+    @classmethod
+    def of(cls, config: TideConfig) -> "RunFolder":
+        """Return the one that a configuration names."""
+        return cls(Path(config.run.root) / config.run.name)
 
     @property
     def config(self) -> Path:
@@ -76,47 +95,114 @@ class RunFolder:
     @property
     def checkpoints(self) -> Path:
         """Folder of checkpoints."""
-        return self.path / "checkpoints"
+        return self.path / owner.CHECKPOINTS
 
     def read_wandb_id(self) -> str | None:
         """Return the identity of the run's W&B run, None where there is none yet."""
         path = self.path / _WANDB_ID
-        return path.read_text(encoding="utf-8").strip() or None if path.exists() else None
+        return path.read_text(encoding="utf-8", errors="replace").strip() or None if path.exists() else None
 
     def write_wandb_id(self, run_id: str | None) -> None:
         """Keep the identity of the W&B run, so that a start without a checkpoint continues it too."""
         if run_id is not None and run_id != self.read_wandb_id():
             write_bytes(self.path / _WANDB_ID, run_id.encode() + b"\n")
 
-    def finished_steps(self) -> int:
-        """Return the steps after which the run ended as planned; 0 where it has not."""
-        path = self.path / _FINISHED
-        return int(json.loads(path.read_text(encoding="utf-8"))["steps"]) if path.exists() else 0
+    @property
+    def origin(self) -> Path:
+        """What a branch came from (`tide_mega.training.outset`)."""
+        return self.path / "origin.json"
 
-    def mark_finished(self, steps: int) -> None:
-        """Note that the run ended as planned, after `steps`."""
-        write_json(self.path / _FINISHED, {"steps": steps})
+    def finish(self) -> "Finish | None":
+        """Return where the run ended as planned; None where it has not."""
+        path = self.path / _FINISHED
+        if not path.exists():
+            return None
+        try:
+            kept = parse_json(path.read_text(encoding="utf-8"))
+            return Finish(int(kept["steps"]), int(kept.get("tokens", 0)))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            log.warning("%s is damaged (%s): the run counts as unfinished", path, error)
+            return None
+
+    def mark_finished(self, at: Position) -> None:
+        """Note that the run ended as planned, where it stands."""
+        write_json(self.path / _FINISHED, {"steps": at.step, "tokens": at.tokens})
 
     def mark_unfinished(self) -> None:
         """Note that the run goes on."""
         (self.path / _FINISHED).unlink(missing_ok=True)
 
 
-def finished_run(config: TideConfig, steps: int) -> RunFolder | None:
-    """Return the run's folder if it has ended as planned after `steps` or more; log that there is nothing to do.
+@dataclass(frozen=True)
+class Finish:
+    """Where a run ended as planned."""
+
+    step: int
+    tokens: int
+    """0 where it was not noted."""
+
+
+def finished_run(config: TideConfig, course: Course) -> RunFolder | None:
+    """Return the run's folder if it has ended as planned, its promise kept; log that there is nothing to do.
 
     None where there is something to train, and where `checkpoint.resume=false` asks for a new start.
 
     Raises:
         ConfigError: if the folder holds a run with another model, memory, data or optim section.
     """
-    folder = RunFolder(Path(config.run.root) / config.run.name)
-    done = folder.finished_steps()
-    if not config.checkpoint.resume or done < max(1, steps):
+    folder = RunFolder.of(config)
+    finish = folder.finish()
+    if not config.checkpoint.resume or finish is None or not course.is_complete(finish):
         return None
     _check_same_run(folder, read_config(folder), config)
-    log.info("%s is complete: %d steps done, nothing to train", folder.path, done)
+    log.info("%s is complete: %d steps done, nothing to train", folder.path, finish.step)
     return folder
+
+
+@contextmanager
+def held(config: TideConfig, *, writes: bool) -> Iterator[None]:
+    """Hold the run folder, and the remote folder of its checkpoints, against other processes and runs; collective.
+
+    The rank that `writes` (rank 0) takes them, before anything in them is read to go on with, moved or removed.
+
+    Raises:
+        FolderTakenError: another process is at work there; on every rank.
+        ConfigError: the folder cannot be written, or the checkpoints are another run's; on every rank.
+    """
+    group = make_host_group(config.cluster.timeout_minutes)
+    with ExitStack() as stack:
+        problem: StatedError | None = None
+        if writes:
+            try:
+                _hold(config, stack)
+            except StatedError as error:
+                problem = error
+        box = [problem]
+        dist.broadcast_object_list(box, src=0, group=group)
+        dist.destroy_process_group(group)
+        if box[0] is not None:
+            raise box[0]
+        yield
+
+
+def remote_folder(config: TideConfig) -> Path | None:
+    """Return the folder that receives copies of the run's checkpoints, None where there is none."""
+    remote = config.checkpoint.remote
+    return None if remote is None else Path(remote) / config.run.name
+
+
+def _hold(config: TideConfig, stack: ExitStack) -> None:
+    local = RunFolder.of(config).path
+    stack.enter_context(FolderLock(local, "a training", key="run.root/run.name"))
+    remote = remote_folder(config)
+    places = owner.elsewhere(local, remote)
+    owner.check(local, places)
+    if remote in places:
+        try:
+            stack.enter_context(FolderLock(remote, "a training", key="checkpoint.remote"))
+        except ConfigError as error:
+            log.warning("%s Copies of checkpoints may fail (checkpoint.on_error)", error)
+    owner.claim(local, places)
 
 
 def open_run_folder(config: TideConfig, *, world_size: int, device: torch.device, writes: bool) -> RunFolder:
@@ -128,7 +214,7 @@ def open_run_folder(config: TideConfig, *, world_size: int, device: torch.device
     Raises:
         ConfigError: if the folder holds a run with another model, memory, data or optim section.
     """
-    folder = RunFolder(Path(config.run.root) / config.run.name)
+    folder = RunFolder.of(config)
     if folder.config.exists():
         _check_same_run(folder, read_config(folder), config)
     if writes:
@@ -146,6 +232,7 @@ def _note_start(folder: RunFolder, config: TideConfig, environment: dict[str, An
         code=keep_code(folder.code),
         config=keep_config(folder.path / "starts", text, folder.path),
         job=job,
+        data=_data_fingerprint(config),
     )
     write_bytes(folder.config, text.encode())
     in_job = f", job {job.id}, restart {job.restarts}" if job else ""
@@ -169,7 +256,12 @@ def read_config(folder: RunFolder) -> TideConfig:
 
 def _check_same_run(folder: RunFolder, before: TideConfig, now: TideConfig) -> None:
     fixed, free = [], []
-    for key, old, new in _differences(asdict(before), asdict(now)):
+    for key, old, new in differences(keyed(before), keyed(now)):
+        if key in _PATHS and is_same_place(old, new):
+            continue
+        if key == "data.path" and _is_its_data(folder, now):
+            log.info("data.path: reading %s; the last start looked in %s", new, old)
+            continue
         section = key.split(".")[0]
         change = f"{key} (there {old!r}, now {new!r})"
         if section in _FIXED_SECTIONS and key not in _FREE_KEYS:
@@ -178,9 +270,11 @@ def _check_same_run(folder: RunFolder, before: TideConfig, now: TideConfig) -> N
             free.append(change)
     if fixed:
         more = f" and {len(fixed) - 3} more" if len(fixed) > 3 else ""
+        is_same_model = not any(change.startswith(("model.", "memory.")) for change in fixed)
+        branch = f" (run.from={folder.path} would go on from this run there)" if is_same_model else ""
         raise ConfigError(
             f"run.name={now.run.name!r} is taken: {folder.path} holds a run with another "
-            f"{', '.join(fixed[:3])}{more}; choose another run.name, or give it the values it had."
+            f"{', '.join(fixed[:3])}{more}; choose another run.name{branch}, or give it the values it had."
         )
     if free:
         log.warning(
@@ -188,12 +282,33 @@ def _check_same_run(folder: RunFolder, before: TideConfig, now: TideConfig) -> N
         )
 
 
-def _differences(
+def _is_its_data(folder: RunFolder, now: TideConfig) -> bool:
+    """Whether `data.path` holds what the run was trained on, as far as that is known.
+
+    A start that found no data trained on none; where there is none now, opening it will say so.
+    """
+    there, starts = _data_fingerprint(now), read_starts(folder.environment)
+    known = [start["data"] for start in starts if start.get("data")]
+    if there is None or known:
+        return there in (None, *known[-1:])
+    return bool(starts) and all("data" in start for start in starts)
+
+
+def _data_fingerprint(config: TideConfig) -> str | None:
+    try:
+        return DatasetIndex.load(config.data.path).fingerprint
+    except DataError:
+        return None
+
+
+def differences(
     before: dict[str, Any], now: dict[str, Any], prefix: str = ""
 ) -> Iterator[tuple[str, Any, Any]]:
+    """Yield each key that differs between two configurations (`tide_mega.config.describe.keyed`), and its
+    values."""
     for name in before:
         key, old, new = prefix + name, before[name], now[name]
         if isinstance(old, dict) and isinstance(new, dict):
-            yield from _differences(old, new, key + ".")
+            yield from differences(old, new, key + ".")
         elif old != new:
             yield key, old, new

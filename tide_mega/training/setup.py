@@ -10,15 +10,15 @@ from tide_mega.checkpoint import Checkpointer, Identity
 from tide_mega.config.errors import ConfigError
 from tide_mega.config.schema import TideConfig
 from tide_mega.config.sizes import count_parameters
-from tide_mega.config.validate import total_steps
 from tide_mega.data.frequency import UNSEEN, DecileTable
 from tide_mega.data.stream import TokenStream
 from tide_mega.model.stage import TideStage
 from tide_mega.model.weights import initialise
-from tide_mega.parallel.device import OPTIONAL_LIBRARIES, Device, detect_libraries
+from tide_mega.parallel.device import Device, attention_name, describe_libraries
 from tide_mega.parallel.engine import Engine
 from tide_mega.parallel.engine_settings import EngineOptions, optimizer_name
 from tide_mega.parallel.groups import ParallelGroups
+from tide_mega.training.course import Course
 from tide_mega.training.optimizer import parameter_groups
 from tide_mega.training.peak import describe_peak, peak_tflops
 from tide_mega.training.runfolder import RunFolder
@@ -33,18 +33,13 @@ def open_stream(config: TideConfig, split: str, *, is_quiet: bool) -> TokenStrea
         ConfigError: the data has a larger vocabulary than the model.
         DataError: the data is not there or damaged.
     """
-    data, model = config.data, config.model
-    stream = TokenStream.open(
-        data.path,
-        split,
-        data.seq_length,
-        verify=data.verify,
-        on_bad_shard=data.on_bad_shard,
-        logger=logging.getLogger("tide_mega.silent") if is_quiet else log,
+    model = config.model
+    stream = TokenStream.of_run(
+        config.data, split, logger=logging.getLogger("tide_mega.silent") if is_quiet else log
     )
     if stream.vocab_size > model.vocab_size:
         raise ConfigError(
-            f"model.vocab_size={model.vocab_size} is smaller than the vocabulary of {data.path}, "
+            f"model.vocab_size={model.vocab_size} is smaller than the vocabulary of {config.data.path}, "
             f"{stream.vocab_size}: set model.vocab_size to {stream.vocab_size} or more."
         )
     return stream
@@ -98,7 +93,12 @@ def device_peak(config: TideConfig, device: Device, *, is_quiet: bool) -> float 
 
 
 def describe(
-    config: TideConfig, stage: TideStage, device: Device, stream: TokenStream, held_out: TokenStream
+    config: TideConfig,
+    course: Course,
+    stage: TideStage,
+    device: Device,
+    stream: TokenStream,
+    held_out: TokenStream,
 ) -> None:
     """Log what is about to run."""
     groups = stage.groups
@@ -111,7 +111,7 @@ def describe(
         config.memory.num_blocks,
     )
     log.info(
-        "%d processes (tensor %d, pipeline %d, data %d) on %s, %d threads each; ZeRO-%d, %s, %s",
+        "%d processes (tensor %d, pipeline %d, data %d) on %s, %d threads each; ZeRO-%d, %s, %s, attention by %s",
         groups.model.size() * groups.data_size,
         groups.tensor_size,
         groups.pipeline.size(),
@@ -121,21 +121,18 @@ def describe(
         config.parallel.zero_stage,
         config.trainer.precision,
         optimizer_name(device),
+        attention_name(device),
     )
+    if config.trainer.deterministic:
+        log.info("deterministic: the same steps at this topology give the same losses to the last bit")
     if stage.num_blocks:
         log.info("kernels: %s", stage.board.kernels.describe())
-    found = detect_libraries()
+    log.info("optional libraries: %s", describe_libraries())
     log.info(
-        "optional libraries: %s",
-        "; ".join(
-            f"{name} {found[name] or 'absent'} ({use})" for name, (_, use) in OPTIONAL_LIBRARIES.items()
-        ),
-    )
-    log.info(
-        "%s: %s training tokens, %s held out; %d steps of %s tokens",
+        "%s: %s training tokens, %s held out; to train %s, in batches of %s tokens",
         config.data.path,
         f"{stream.num_tokens:,}",
         f"{held_out.num_tokens:,}",
-        total_steps(config),
-        f"{config.trainer.global_batch_size * config.data.seq_length:,}",
+        course.describe(),
+        f"{course.batch * course.seq_length:,}",
     )

@@ -6,14 +6,21 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from tide_mega.config.stored import parse_json
 from tide_mega.data.atomic import write_bytes
-from tide_mega.training.slurm_job import SlurmJob
+from tide_mega.jobs.slurm_job import SlurmJob
 
 log = logging.getLogger(__name__)
 
 
 def add_start(
-    path: Path, environment: dict[str, Any], *, code: str | None, config: str, job: SlurmJob | None
+    path: Path,
+    environment: dict[str, Any],
+    *,
+    code: str | None,
+    config: str,
+    job: SlurmJob | None,
+    data: str | None = None,
 ) -> int:
     """Write environment.json: what this start runs on, and `starts`, one entry for each start so far.
 
@@ -23,6 +30,7 @@ def add_start(
         code: id of the copy of the code (`code/<id>.tar.gz`), None where there is none.
         config: file in the run folder with this start's configuration.
         job: the SLURM job, if there is one.
+        data: fingerprint of the dataset, None where there is none yet.
 
     Returns:
         How many starts there have been, this one included.
@@ -36,6 +44,7 @@ def add_start(
         "git": environment["git"],
         "code": code,
         "config": config,
+        "data": data,
     }
     starts = [*read_starts(path), start]
     content = json.dumps(environment | {"starts": starts}, indent=2)
@@ -48,11 +57,10 @@ def read_starts(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     try:
-        starts = json.loads(path.read_text(encoding="utf-8"))["starts"]
+        return list(parse_json(path.read_text(encoding="utf-8"))["starts"])
     except (ValueError, KeyError, TypeError):
         log.warning("%s does not list the starts before this one: its list begins anew", path)
         return []
-    return list(starts)
 
 
 def keep_config(folder: Path, text: str, run_folder: Path) -> str:

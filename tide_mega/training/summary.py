@@ -40,12 +40,18 @@ class RunSummary:
     skipped_steps: int
     spikes: int
     rollbacks: int
+    skipped_windows: int
+    """Windows of the training data whose place others took, since they could not be read."""
+    skipped_shards: int
+    """Shards that these are of."""
 
 
 def summarise(
     ledger: Ledger,
     counts: FaultState,
     *,
+    skipped_windows: int,
+    skipped_shards: int,
     steps: int,
     total_steps: int,
     tokens: int,
@@ -69,6 +75,8 @@ def summarise(
         skipped_steps=counts.skipped_steps,
         spikes=counts.spikes,
         rollbacks=counts.rollbacks,
+        skipped_windows=skipped_windows,
+        skipped_shards=skipped_shards,
     )
 
 
@@ -93,11 +101,16 @@ def lines(summary: RunSummary) -> list[str]:
         for name, seconds in sorted(rest.items(), key=lambda item: -item[1])
         if seconds >= 0.0005 * summary.wall_seconds
     ]
+    left_out = (
+        f", {summary.skipped_windows:,} unreadable windows of {summary.skipped_shards} shards left out"
+        if summary.skipped_shards
+        else ""
+    )
     return [
         f"{end} at step {summary.steps}/{summary.total_steps}, {format_count(summary.tokens)} tokens"
         f"{loss}{held_out}",
         f"goodput {summary.goodput:.1%} of {format_duration(summary.wall_seconds)}; "
         f"the rest: {', '.join(shares) or '-'}",
         f"{summary.restarts} restarts, {summary.skipped_steps} skipped steps, {summary.spikes} loss spikes, "
-        f"{summary.rollbacks} rollbacks",
+        f"{summary.rollbacks} rollbacks{left_out}",
     ]

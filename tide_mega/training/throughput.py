@@ -33,7 +33,6 @@ class Throughput:
     def __init__(
         self,
         *,
-        tokens_per_step: int,
         flops_per_token: float,
         devices: int,
         peak_tflops: float | None,
@@ -41,11 +40,10 @@ class Throughput:
         eta_windows: int = 20,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """Take the tokens of a step over all devices, the peak TFLOP/s of one device (or None), and the clock:
+        """Take the peak TFLOP/s of one device (or None), the steps of the whole run, and the clock:
 
         `Ledger.training_seconds` leaves out evaluation, checkpoints and the like.
         """
-        self._tokens_per_step = tokens_per_step
         self._flops_per_token = flops_per_token
         self._devices = devices
         self._peak_tflops = peak_tflops
@@ -53,32 +51,30 @@ class Throughput:
         self._clock = clock
         self._windows: deque[tuple[int, float]] = deque(maxlen=eta_windows)
         self._step: int | None = None
+        self._tokens = 0
         self._since = 0.0
 
-    def start(self, step: int) -> None:
-        """Begin, with `step` steps done (those before a resume are not ours)."""
-        self._step = step
+    def start(self, step: int, tokens: int) -> None:
+        """Begin, with so many steps done and tokens read over all devices (those before a resume are not ours)."""
+        self._step, self._tokens = step, tokens
         self._since = self._clock()
 
-    def read(self, step: int) -> Reading:
-        """Close the window at `step` steps done and open the next.
+    def read(self, step: int, tokens: int) -> Reading:
+        """Close the window, with so many steps done and tokens read, and open the next.
 
         Raises:
             ValueError: if not started, or if no step was done since the last reading.
         """
         if self._step is None:
-            raise ValueError("the meter is not started: call start(step) before read(step)")
+            raise ValueError("the meter is not started: call start before read")
         steps = step - self._step
         if steps <= 0:
             raise ValueError(f"no step since the last reading: {self._step} steps then, {step} now")
         now = self._clock()
         seconds = max(now - self._since, 1e-9)
-        self._step, self._since = step, now
+        tokens_per_second = (tokens - self._tokens) / seconds
+        self._step, self._tokens, self._since = step, tokens, now
         self._windows.append((steps, seconds))
-        return self._reading(steps, seconds)
-
-    def _reading(self, steps: int, seconds: float) -> Reading:
-        tokens_per_second = steps * self._tokens_per_step / seconds
         mfu = None
         if self._peak_tflops is not None:
             flops_per_device = tokens_per_second / self._devices * self._flops_per_token

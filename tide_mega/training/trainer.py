@@ -5,28 +5,31 @@ import sys
 
 import torch.distributed as dist
 
-from tide_mega.checkpoint import TrainingState
 from tide_mega.config.schema import TideConfig
-from tide_mega.config.validate import total_steps, validate
+from tide_mega.config.validate import validate
 from tide_mega.data.batch import TokenBatch
 from tide_mega.model.passes import Ahead, compute_gradients, read_ahead
 from tide_mega.model.stage import TideStage
-from tide_mega.parallel.device import choose_device, set_threads
-from tide_mega.parallel.groups import World, make_groups, start_distributed, stop_distributed
+from tide_mega.parallel.affinity import take_cores
+from tide_mega.parallel.device import choose_device
+from tide_mega.parallel.groups import World, make_groups, make_host_group, start_distributed, stop_distributed
 from tide_mega.training import setup
 from tide_mega.training.batches import StepBatches
+from tide_mega.training.course import Course, Stride
 from tide_mega.training.evaluation import Evaluator, open_texts
+from tide_mega.training.exports import Exports
 from tide_mega.training.faults.guard import StepGuard
 from tide_mega.training.faults.policy import Action, DivergedError
 from tide_mega.training.faults.watchdog import Watchdog, hang_seconds
 from tide_mega.training.goodput import Ledger
 from tide_mega.training.interrupt import Agreement, Interrupt, RunStoppedError, job_interrupt
+from tide_mega.training.left_out import LeftOut
 from tide_mega.training.loggers import Loggers, open_loggers
+from tide_mega.training.outset import SCHEDULE, check_outset, set_out
 from tide_mega.training.precision import resolve_precision
 from tide_mega.training.reactions import EVALUATION_DUE, FAULTS, Reactions
 from tide_mega.training.reporting import Reporter
-from tide_mega.training.runfolder import RunFolder, finished_run, open_run_folder
-from tide_mega.training.schedule import learning_rate
+from tide_mega.training.runfolder import RunFolder, finished_run, held, open_run_folder
 from tide_mega.training.schedule_traffic import count_step
 
 log = logging.getLogger(__name__)
@@ -40,21 +43,26 @@ def train(config: TideConfig) -> RunFolder:
     Raises:
         ConfigError: the configuration cannot run here, or does not fit the run folder or the data.
         DivergedError: steps went wrong more often than `faults` allows.
+        FolderTakenError: another process is at work in the run folder.
         RunStoppedError: a signal came or the job's time is nearly up, and a checkpoint is written.
     """
-    if (finished := finished_run(config, total_steps(config))) is not None:
-        return finished
     world = World.from_environment()
     validate(config, world.size)
+    course = Course.of(config)
+    if (finished := finished_run(config, course)) is not None:
+        return finished
+    check_outset(config, course)
     device = choose_device(config.cluster.device, world.local_rank)
-    set_threads(config.cluster.threads, world.local_size)
-    start_distributed(device, world, config.cluster.timeout_minutes)
+    take_cores(device, config.cluster.threads, world)
+    deterministic = config.trainer.deterministic
+    start_distributed(device, world, config.cluster.timeout_minutes, deterministic=deterministic)
     try:
-        trainer = Trainer(config, world, job_interrupt(config.cluster.stop_before_minutes))
-        try:
-            trainer.run()
-        finally:
-            trainer.close()
+        with held(config, writes=world.rank == 0):
+            trainer = Trainer(config, world, job_interrupt(config.cluster.stop_before_minutes))
+            try:
+                trainer.run()
+            finally:
+                trainer.close()
         return trainer.folder
     except RunStoppedError:
         dist.barrier()  # SLURM ends the tasks that outlive the first by long, and rank 0 has logs to write out
@@ -70,7 +78,7 @@ class Trainer:
         self.device = choose_device(config.cluster.device, world.local_rank)
         config = resolve_precision(config, self.device)
         self.config, self.world = config, world
-        self.total_steps = total_steps(config)
+        self.course = Course.of(config)
         self.groups = make_groups(config.parallel, config.trainer.seed, config.memory.owners)
         speaks, device = world.rank == 0, self.device.torch_device
         self.folder = open_run_folder(config, world_size=world.size, device=device, writes=speaks)
@@ -83,13 +91,18 @@ class Trainer:
         self.engine = setup.build_engine(config, stage, self.device, self.accumulation)
         bins_V = setup.decile_bins(config).to(device)
         self.checkpoints = setup.open_checkpoints(config, self.folder, self.engine, self.stream, bins_V)
+        self.exports = Exports(self.folder.path, config.trainer.precision) if speaks else None
+        if self.exports is not None:
+            self.checkpoints.tell(self.exports.on_written, self.exports.in_use)
         if speaks:
-            setup.describe(config, self.stage, self.device, self.stream, held_out)
+            setup.describe(config, self.course, self.stage, self.device, self.stream, held_out)
         with self.ledger.spend("resume"):
-            self.state = self.checkpoints.resume() or TrainingState()
-        self.has_checkpoint = self.state.step > 0
+            outset = set_out(config, self.course, self.folder, self.checkpoints)
+        self.state, self.schedule = outset.state, outset.schedule
+        self.has_checkpoint = outset.is_resumed
         self.interrupt = interrupt or Interrupt(catches=False)
-        self.agreement = Agreement(self.interrupt, device)
+        self._host = make_host_group(config.cluster.timeout_minutes)
+        self.agreement = Agreement(self.interrupt, self._host)
         self.guard = StepGuard(
             config.faults,
             self.device,
@@ -106,7 +119,10 @@ class Trainer:
             first_sample=self.state.samples,
             accumulation=self.accumulation,
         )
+        self.left_out = LeftOut(self.stream, self.batches, self.state, self._host)
         evaluates_again = bool(self.state.extra.get(EVALUATION_DUE))
+        # At the present batch; a rollback leaves it as it is.
+        total_steps = self.course.total_steps(self.state)
         self.reporter = Reporter(
             config,
             engine=self.engine,
@@ -114,9 +130,13 @@ class Trainer:
             bins_V=bins_V,
             evaluator=Evaluator(config, self.stage, held_out, bins_V, self.groups, texts),
             guard=self.guard,
+            left_out=self.left_out,
             ledger=self.ledger,
             state=self.state,
-            loggers=open_loggers(config, self.folder, self.state, evaluates_again=evaluates_again)
+            total_steps=total_steps,
+            loggers=open_loggers(
+                config, self.folder, outset, total_steps=total_steps, evaluates_again=evaluates_again
+            )
             if speaks
             else Loggers(),
         )
@@ -139,7 +159,7 @@ class Trainer:
         Raises:
             RunStoppedError: asked to stop before the end; a checkpoint is written.
         """
-        if self.state.step >= self.total_steps:
+        if self.course.is_complete(self.state):
             log.info("%s is complete: %d steps done, nothing to train", self.folder.path, self.state.step)
         else:
             if self.world.rank == 0:
@@ -147,7 +167,7 @@ class Trainer:
             with self.interrupt:
                 self._train()
         if self.world.rank == 0:
-            self.folder.mark_finished(self.state.step)
+            self.folder.mark_finished(self.state)
 
     def _train(self) -> None:
         config, state = self.config, self.state
@@ -158,33 +178,33 @@ class Trainer:
         self.reporter.start()
         if state.extra.get(EVALUATION_DUE):
             self.reporter.evaluate(self.watchdog.beat)
-        batches = self._next_batches()
+        stride, batches = self._next()
         ahead: Ahead | None = None
-        while state.step < self.total_steps and stop is None:
-            logged = self._is_due(state.step + 1, config.logging.every)
-            lr = learning_rate(state.step, config.optim, self.total_steps)
-            has_gone_back = self._step(batches, ahead, lr, logged=logged) is Action.ROLL_BACK
+        while stride is not None and stop is None:
+            made, done = stride, batches
+            logged = made.is_due(config.logging.every)
+            lr = self.schedule.rate(state)
+            has_gone_back = self._step(made, done, ahead, lr, logged=logged) is Action.ROLL_BACK
             if logged and not has_gone_back:
                 self.reporter.look_at_traffic()
-            if state.step < self.total_steps and not has_gone_back:
+            if not self.course.is_complete(state) and not has_gone_back:
                 stop = self.agreement.reason()
-            done = batches
-            if state.step < self.total_steps and stop is None:
-                batches = self._next_batches()
-                ahead = read_ahead(self.stage, batches) if config.memory.exchange_ahead else None
+            if stop is None:
+                stride, batches = self._next()
+                if stride is not None and config.memory.exchange_ahead:
+                    ahead = read_ahead(self.stage, batches)
             if has_gone_back:
                 continue
             if logged:
                 self.reporter.log_step(lr, done)
-            evaluation_due = self._is_due(state.step, config.trainer.eval_every)
+            evaluation_due = made.is_due(config.trainer.eval_every)
             if stop is not None:  # a kill may be near: the evaluation is left to the continued run
                 log.info("%s: saving after step %d, then stopping", stop, state.step)
-                self._save(evaluation_due=evaluation_due)
+                self._save(made, evaluation_due=evaluation_due)
             elif evaluation_due:
                 self.reporter.evaluate(self.watchdog.beat)
-            at_end = config.checkpoint.at_end
-            if stop is None and self._is_due(state.step, config.checkpoint.every, at_end=at_end):
-                self._save()
+            if stop is None and made.is_due(config.checkpoint.every, at_end=config.checkpoint.at_end):
+                self._save(made, export_due=self._is_export_due(made))
         with self.ledger.spend("checkpoint"):
             self.checkpoints.wait()
         self.agreement.close()
@@ -192,18 +212,21 @@ class Trainer:
             message = f"{stop}: stopped after step {state.step}; the same command continues the run"
             raise RunStoppedError(message)
 
-    def _step(self, batches: list[TokenBatch], ahead: Ahead | None, lr: float, *, logged: bool) -> Action:
+    def _step(
+        self, stride: Stride, batches: list[TokenBatch], ahead: Ahead | None, lr: float, *, logged: bool
+    ) -> Action:
         """Make one optimizer step, and deal with what may be wrong with it; say what became of it."""
         config, state = self.config, self.state
         productive = self.ledger.productive()
         self.ledger.enter("compute")
-        batch = state.samples // config.trainer.global_batch_size + 1
+        batch = state.batches + 1
         self.guard.begin(batch)
         self.reporter.before_step(logged=logged)
         result = compute_gradients(
             self.engine,
             batches,
             config.trainer.z_loss,
+            weights=None if stride.is_full else self.batches.weights(stride.sequences),
             window=config.memory.window,
             ahead=ahead,
             own_time=self.guard.own_time,
@@ -213,9 +236,10 @@ class Trainer:
             self.reporter.look_at_gradients()
         verdict = self.guard.update(self.engine, result, lr, batch=batch, can_roll_back=self.has_checkpoint)
         self.ledger.enter("other")
-        state.step += 1
-        state.samples += config.trainer.global_batch_size
+        state.take(stride.sequences, self.course.seq_length)
         self.checkpoints.poll()
+        if self.exports is not None:
+            self.exports.poll()
         if verdict.is_applied:
             self.reporter.add(result, batches)
         return verdict.action if verdict.reason is None else self.reactions.deal_with(verdict, productive)
@@ -229,25 +253,45 @@ class Trainer:
             self.checkpoints.close()
             self.reporter.loggers.close()
             self.engine.close()
+            dist.destroy_process_group(self._host)
         finally:
             self.watchdog.close()
+            if self.exports is not None:
+                if error is None:
+                    self.exports.finish()
+                else:
+                    self.exports.stop()
             if has_trained and self.world.rank == 0:
                 self.ledger.write()
                 self.reporter.summarise(self.folder, error)
 
-    def _next_batches(self) -> list[TokenBatch]:
+    def _next(self) -> tuple[Stride | None, list[TokenBatch]]:
+        """Return the step that is next and its batches; None where the run is complete."""
+        if self.course.is_complete(self.state):
+            return None, []
+        stride = self.course.next(self.state)
         with self.ledger.spend("data wait"):
-            return self.batches.next_step()
+            return stride, self.batches.next_step(stride.sequences)
 
-    def _is_due(self, step: int, every: int, *, at_end: bool = True) -> bool:
-        """Every n steps, and at the last step."""
-        return (at_end and step == self.total_steps) or (every > 0 and step % every == 0)
+    def _is_export_due(self, made: Stride) -> bool:
+        checkpoint = self.config.checkpoint
+        every = checkpoint.export_hf_every
+        return every is not None and made.is_due(every, at_end=checkpoint.at_end)
 
-    def _save(self, *, evaluation_due: bool = False) -> None:
+    def _save(self, made: Stride, *, evaluation_due: bool = False, export_due: bool = False) -> None:
+        """Save after the step just made."""
+        state, keep_every = self.state, self.config.checkpoint.keep_every
         with self.ledger.spend("checkpoint"):
             self.reporter.keep()
-            self.state.extra |= {FAULTS: self.guard.policy.state(), EVALUATION_DUE: evaluation_due}
-            self.checkpoints.save(self.state)
+            state.extra |= {
+                FAULTS: self.guard.policy.state(),
+                EVALUATION_DUE: evaluation_due,
+                SCHEDULE: self.schedule.to_json(),
+            }
+            state.is_milestone = keep_every is not None and made.is_due(keep_every, at_end=False)
+            if export_due and self.exports is not None:
+                self.exports.want(state.step)
+            self.checkpoints.save(state, disk_is_full=self.guard.injector.is_disk_full(state.batches))
         self.has_checkpoint = True
-        self.ledger.mark_saved(self.state.step)
+        self.ledger.mark_saved(state.step)
         self.ledger.write()

@@ -9,7 +9,9 @@ from urllib.parse import urlsplit
 
 import wandb
 
+import tide_mega
 from tide_mega.config.schema import LoggingConfig
+from tide_mega.config.urls import without_credentials
 from tide_mega.metrics.live_records import LiveRecord, WeightsRecord
 from tide_mega.metrics.names import (
     eval_metrics,
@@ -19,10 +21,14 @@ from tide_mega.metrics.names import (
     weights_metrics,
 )
 from tide_mega.metrics.records import EvalRecord, EventRecord, TrainRecord
+from tide_mega.training.environment import git_state
 
 log = logging.getLogger(__name__)
 
 _ROWS = "wandb_rows"
+_FORMER_MODES = {"dryrun": "offline", "run": "online"}
+"""Values of WANDB_MODE that W&B still takes."""
+_TRUE = ("1", "true", "yes", "on", "y", "t")
 _SETTINGS = {"init_timeout": 30.0, "finish_timeout": 300.0, "console": "off", "silent": True}
 
 
@@ -90,8 +96,7 @@ class WandbLogger:
     def _open(
         self, mode: str, config: LoggingConfig, run_dir: Path, name: str, run_config: dict[str, Any]
     ) -> Any | None:
-        known = wandb.Settings.model_fields
-        settings = wandb.Settings(**{key: value for key, value in _SETTINGS.items() if key in known})
+        settings = _settings(config)
         for attempt in dict.fromkeys((mode, "offline")):
             try:
                 run = wandb.init(
@@ -103,7 +108,7 @@ class WandbLogger:
                     resume="allow" if attempt == "online" else None,
                     dir=str(run_dir),
                     mode=cast(Any, attempt),
-                    config=run_config,
+                    config=_clean(run_config),
                     reinit="create_new",
                     settings=settings,
                 )
@@ -111,7 +116,8 @@ class WandbLogger:
                 run.define_metric("step")
                 run.define_metric("*", step_metric="step")
             except Exception as error:
-                log.warning("W&B could not start %s: %s; training goes on", attempt, error)
+                why = without_credentials(str(error))
+                log.warning("W&B could not start %s: %s; training goes on", attempt, why)
                 if attempt == "online":
                     wandb.teardown()  # else its service holds the identity of the run that failed
             else:
@@ -131,7 +137,8 @@ class WandbLogger:
 
     def _report(self, what: str) -> None:
         if not self._failed:
-            log.warning("W&B %s; said once, training goes on, metrics.jsonl has every metric", what)
+            text = "W&B %s; said once, training goes on, metrics.jsonl has every metric"
+            log.warning(text, without_credentials(what))
         self._failed = True
 
 
@@ -151,17 +158,40 @@ class _Count:
         """Return the number of the next row; written down before it is used, so that a kill repeats none."""
         self._next += 1
         replacement = self._path.with_suffix(".tmp")
-        replacement.write_text(f"{self._next}\n", encoding="utf-8")
+        replacement.unlink(missing_ok=True)  # a link would be followed
+        with replacement.open("x", encoding="utf-8") as file:
+            file.write(f"{self._next}\n")
         replacement.replace(self._path)
         return self._next - 1
 
 
+def _settings(config: LoggingConfig) -> wandb.Settings:
+    # Left to itself, W&B takes the remote's URL from git or the environment, with a token that may be in it.
+    state = git_state(Path(tide_mega.__file__).parent) or {}
+    git = {"git_commit": state.get("commit") or "", "git_remote_url": state.get("remote") or ""}
+    chosen: dict[str, Any] = _SETTINGS | git | {"disable_git": not any(git.values())}
+    if not config.wandb_machine:
+        chosen |= {"disable_git": True, "x_disable_meta": True, "host": "-"}
+    known = wandb.Settings.model_fields
+    return wandb.Settings(**{key: value for key, value in chosen.items() if key in known})
+
+
+def _clean(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _clean(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_clean(inner) for inner in value]
+    return without_credentials(value) if isinstance(value, str) else value
+
+
 def resolve_mode(mode: str) -> str:
-    """What `logging.wandb` comes to: auto follows WANDB_MODE, then whether there is a login."""
+    """What `logging.wandb` comes to: auto follows WANDB_DISABLED and WANDB_MODE, then whether there is a login."""
     if mode != "auto":
         return mode
+    if os.environ.get("WANDB_DISABLED", "").strip().lower() in _TRUE:
+        return "disabled"
     if wanted := os.environ.get("WANDB_MODE"):
-        return wanted
+        return _FORMER_MODES.get(wanted, wanted)
     return "online" if has_login() else "offline"
 
 

@@ -96,6 +96,11 @@ def test_a_violation_reaches_the_findings() -> None:
     bad = null_bound.describe(null_bound.Checked("run", broken, (0.5,), sound, routed))
     assert "at most ε at the s* of every ε tried" in good[0]
     assert "the bound does NOT hold at null logits 0.00" in bad[0]
+    curve = NullBound(1, 1.0, (-1.0, 2.0), (0.5, 0.2))
+    bad = null_bound.describe(null_bound.Checked("run", sound, (0.5,), curve, routed))
+    assert "the bound does NOT hold at null logits 2.00" in bad[0]
+    bad = null_bound.describe(null_bound.Checked("run", broken, (0.5,), curve, routed))
+    assert "the bound does NOT hold at null logits 0.00, 2.00" in bad[0]
 
 
 @pytest.mark.parametrize("row", [0, 7, 9])

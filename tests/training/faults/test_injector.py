@@ -54,8 +54,13 @@ def test_a_bad_shard_is_the_error_of_a_bad_shard(tmp_path):
 
 
 def test_a_full_disk_strikes_once_from_its_step_on(tmp_path):
-    injector = Injector(["disk_full@4"], 0, tmp_path)
-    assert [injector.is_disk_full(batch) for batch in (3, 6, 7)] == [False, True, False]
+    texts = ["disk_full@4", "disk_full@7:1"]
+    injector = Injector(texts, 0, tmp_path)
+    assert [injector.is_disk_full(batch) for batch in (3, 6, 7, 9)] == [False, True, False, False]
+    started_again = Injector(texts, 0, tmp_path)
+    assert [started_again.is_disk_full(batch) for batch in (6, 9)] == [False, False]
+    other = Injector(texts, 1, tmp_path)
+    assert [other.is_disk_full(batch) for batch in (3, 6, 7, 9)] == [False, True, True, False]
 
 
 def test_an_unknown_fault_is_refused(tmp_path):

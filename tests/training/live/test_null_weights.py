@@ -26,14 +26,15 @@ def stage_with(null_LBT, num_blocks=2):
 
 
 def test_each_layer_has_its_mean_by_the_decile_of_the_token_itself():
-    tokens = [torch.tensor([[0, 1]]), torch.tensor([[2, 3], [0, 2]])]
-    first_BT = torch.tensor([[0.5, 0.25], [0.75, 0.125], [0.75, 0.25]])
+    tokens = [torch.tensor([[0, 1], [2, 2]]), torch.tensor([[2, 3], [0, 2]])]
+    first_BT = torch.tensor([[0.5, 0.25], [9.0, 9.0], [0.75, 0.125], [0.75, 0.25]])
     stage = stage_with(torch.stack([first_BT, first_BT / 2]))
     null = StepNullWeights(stage, BINS)
     null.record(True)
     assert stage.board.alpha_L == {}
-    # Labels are of other types, and the last is unlabelled: neither counts.
-    result = null.read([TokenBatch(t, torch.full_like(t, -1)) for t in tokens])
+    # Labels are of other types, which counts nothing, and a row of padding has none.
+    labels = [torch.tensor([[3, 3], [-1, -1]]), torch.full((2, 2), 3)]
+    result = null.read([TokenBatch(*both) for both in zip(tokens, labels, strict=True)])
     assert stage.board.alpha_L is None
     rarest = {slot: weight for slot, weight in result.by_layer_and_bin[0].items() if weight is not None}
     assert rarest == {"0": 0.5, "9": 0.5, "dropped": 0.125}

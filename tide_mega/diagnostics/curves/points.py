@@ -42,11 +42,7 @@ class Curve:
 
 
 def read_curve(metrics: Path, label: str, num_blocks: int, until: int) -> Curve:
-    """Read the lines of metrics.jsonl up to step `until`.
-
-    Raises:
-        ValueError: a line before the last is no record.
-    """
+    """Read the lines of metrics.jsonl up to step `until`."""
     records = [record for record in read_metrics(metrics) if record["step"] <= until]
     trained, held_out = _by_tokens(records, "train"), _by_tokens(records, "eval")
     finite = {tokens: loss for tokens, loss in trained.items() if math.isfinite(loss)}

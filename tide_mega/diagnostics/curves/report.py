@@ -43,9 +43,6 @@ def run(analysis: Analysis) -> Section:
         "the data."
     )
     return Section(
-        name="curves",
-        shows="Figure 14",
-        title="Training loss against tokens",
         paper=PAPER,
         findings=tuple(describe(curves)),
         tables={"curves": milestones(curves), "points": points(curves)},

@@ -37,7 +37,6 @@ def last_evaluations(analysis: Analysis, *, one_base_model: bool = False) -> Eva
 
     Raises:
         SkippedError: no run has an evaluation.
-        ValueError: a metrics.jsonl is damaged.
     """
     found: list[Evaluated] = []
     notes: list[str] = []

@@ -1,6 +1,5 @@
 """Held-out loss per frequency decile, every run against the baseline (paper, Figure 5)."""
 
-import logging
 import math
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -8,7 +7,6 @@ from itertools import pairwise
 from tide_mega.data.batch import TokenBatch
 from tide_mega.data.frequency import NUM_BINS
 from tide_mega.data.loader import validation_batches
-from tide_mega.data.stream import TokenStream
 from tide_mega.diagnostics.analysis import Analysis
 from tide_mega.diagnostics.deciles.check import SumCheck, check_sums, count_slots, differing
 from tide_mega.diagnostics.deciles.evaluations import Evaluated, last_evaluations
@@ -17,8 +15,6 @@ from tide_mega.diagnostics.deciles.rows import Row, build_rows
 from tide_mega.diagnostics.deciles.run_losses import DECILES, OUTSIDE, DecileRun
 from tide_mega.diagnostics.section import Cell, DataTable, Section
 from tide_mega.trained.run import TrainedRun
-
-log = logging.getLogger(__name__)
 
 PAPER = (
     "The gain of TIDE with 8 blocks over the 1B baseline falls from 0.704 nats (9.0 %) on the rarest decile "
@@ -48,9 +44,6 @@ def run(analysis: Analysis) -> Section:
     if base is None:
         notes.append("There is nothing to compare with: a baseline and a run with memory show the gains.")
     return Section(
-        name="deciles",
-        shows="Figure 5",
-        title="Held-out loss by frequency decile",
         paper=PAPER,
         findings=tuple(sentence for sentence in findings if sentence),
         tables={"deciles": decile_table(rows, base, others), "sums": sums_table(checks)},
@@ -193,9 +186,8 @@ def _tokens_add_up(one: Evaluated) -> str:
 
 def _evaluated_text(run: TrainedRun) -> Iterator[TokenBatch]:
     config = run.config
-    stream = TokenStream.open(run.data, "validation", config.data.seq_length, logger=log)
     return validation_batches(
-        stream,
+        run.open_text("validation"),
         seed=config.data.seed,
         sequences=config.trainer.eval_sequences,
         micro_batch_size=config.trainer.micro_batch_size,

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tide_mega.config.errors import StatedError
 from tide_mega.data.frequency import NUM_BINS
 from tide_mega.metrics.jsonl import read_metrics
 
@@ -14,7 +15,7 @@ OUTSIDE = ("dropped", "unseen")
 """Tokens of no decile: special, blank or punctuation; types that training text does not have."""
 
 
-class NoEvaluationError(ValueError):
+class NoEvaluationError(StatedError, ValueError):
     """A run was never evaluated."""
 
 
@@ -96,7 +97,7 @@ def read_evaluations(run_dir: Path, label: str | None = None, until: int | None 
 
     Raises:
         NoEvaluationError: if there is none.
-        ValueError: if metrics.jsonl is damaged.
+        ValueError: an evaluation's line lacks something.
     """
     path = run_dir / "metrics.jsonl"
     records = read_metrics(path) if path.exists() else []

@@ -17,6 +17,7 @@ from tide_mega.diagnostics.stored_tables import file_names, gains_note, side_by_
 from tide_mega.diagnostics.type_groups import by_role, by_slot, occurring
 from tide_mega.plotting.panel_grid import panel_grid
 from tide_mega.plotting.style import HEAT, MARKERS, colours, label, panels
+from tide_mega.plotting.typed import SUBSCRIPTS
 from tide_mega.trained.run import TrainedRun
 
 ALL = "all that occur"
@@ -37,9 +38,6 @@ def run(analysis: Analysis) -> Section:
     figures = {f"heat_map_{files[name]}": draw_heat_map(name, of.mean_AA[ALL]) for name, of in found.items()}
     figures["to_embedding"] = draw_to_embedding(found)
     return Section(
-        name="distances",
-        shows="Figure 9",
-        title="Cosine distances between the input embedding and the memory's tables",
         paper="In TIDE-8E-1B every table is far from E (mean cosine distance 0.65 to 0.99), and the tables "
         "are closer to each other than to E without being the same.",
         findings=tuple(_finding(name, of) for name, of in found.items()),
@@ -57,7 +55,7 @@ def draw_heat_map(name: str, mean_AA: NDArray[np.float64]) -> Figure:
     axis = axes[0, 0]
     top = max(1.0, float(np.nanmax(mean_AA)))
     image = axis.imshow(mean_AA, cmap=HEAT, vmin=0, vmax=top)
-    names = [f"${table}$" if "_" not in table else f"$E_{{{table[2:]}}}$" for table in table_names(A - 1)]
+    names = [table.replace("_", "").translate(SUBSCRIPTS) for table in table_names(A - 1)]
     axis.set_xticks(range(A), names)
     axis.set_yticks(range(A), names)
     for row in range(A):
@@ -88,7 +86,7 @@ def draw_to_embedding(found: Mapping[str, Distances]) -> Figure:
             axis.plot(blocks, of.mean_AA[role][0, 1:], f"{marker}-", color=colour, label=f"{role} types")
         axis.set_xticks(blocks, [str(k) if len(blocks) <= 12 or k % 4 == 0 or k == 1 else "" for k in blocks])
         axis.margins(y=0.15)
-        label(axis, f"Distance to $E$, {name}", "memory block", "mean cosine distance (0 to 2)")
+        label(axis, f"Distance to E, {name}", "memory block", "mean cosine distance (0 to 2)")
         axis.legend(frameon=False, fontsize=8)
     return figure
 

@@ -56,7 +56,7 @@ def draw_overlaps(name: str, neighbours: int, overlaps: Mapping[str, Sequence[Se
     axis.set_ylim(-0.03 * max(top, 0.1), 1.2 * max(top, 0.1))  # boxes at 0 and the legend are seen
     axis.set_xlim(0.4, K + 0.6)
     axis.set_xticks(range(1, K + 1))
-    title = f"{name}: the {neighbours} nearest under $E_k$ and under $E$"
+    title = f"{name}: the {neighbours} nearest under Eₖ and under E"
     label(axis, title, "memory block k (diamond: mean)", "Jaccard overlap (0 to 1)")
     axis.legend(handles=patches, frameon=False, ncols=len(patches) or 1, loc="upper right")
     return figure

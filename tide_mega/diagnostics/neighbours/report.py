@@ -69,9 +69,6 @@ def run(analysis: Analysis) -> Section:
     found = {of.label: search(of, analysis.options.seed) for of in analysis.with_memory}
     files = file_names(found)
     return Section(
-        name="neighbours",
-        shows="Table 6, Figure 13",
-        title="Nearest neighbours in the input embedding and in the memory's tables",
         paper="Of the top-10 neighbours under E and under each block of TIDE-8E-1B, fewer agree for rare "
         "tokens than for common ones, for every block; for `asynchronously` and `fred` the Jaccard overlaps "
         "are 0.11 to 0.43.",

@@ -31,7 +31,7 @@ def draw_means(runs: Sequence[RunNorms]) -> Figure:
             name = f"{run.label}, mean and range of {run.tables_FK.shape[1]} blocks"
             axes[0, 1].plot(x, mean, form, color=look.colour, label=name)
             axes[0, 1].fill_between(x, low, high, color=look.colour, alpha=0.25, linewidth=0)
-    titles = ("Input embedding $E$", "Memory tables $E_k$")
+    titles = ("Input embedding E", "Memory tables Eₖ")
     for axis, title in zip(axes[0], titles, strict=False):
         axis.margins(y=0.15)
         label(axis, title, "", "mean l2 norm of rows")
@@ -51,7 +51,7 @@ def draw_distributions(runs: Sequence[RunNorms]) -> Figure:
                 density, run.edges, color=colour, linestyle=line, linewidth=1.6, label=f"{role} types"
             )
         axis.margins(y=0.1)
-        label(axis, f"Norms of $E$, {run.label}", "l2 norm of a row", "density (1 / norm)")
+        label(axis, f"Norms of E, {run.label}", "l2 norm of a row", "density (1 / norm)")
         axis.legend(frameon=False)
     return figure
 
@@ -71,7 +71,7 @@ def draw_growth(runs: Sequence[RunNorms]) -> Figure:
         axis.margins(y=0.12)
         label(
             axis,
-            f"Growth of $E$'s norms, {run.label}",
+            f"Growth of E's norms, {run.label}",
             "",
             f"change of mean l2 norm per {growth.unit_name} tokens",
         )

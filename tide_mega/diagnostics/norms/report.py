@@ -23,9 +23,6 @@ def run(analysis: Analysis) -> Section:
     if with_memory := [of for of in found if of.tables_FK is not None]:
         tables["memory_tables"] = _memory_table(with_memory)
     return Section(
-        name="norms",
-        shows="Figure 1",
-        title="Norms of embedding rows by frequency",
         paper="The base model's mean norm rises from the rarest decile to the commonest; rare rows are "
         "spread widely, common ones narrowly; and with training rare norms decline while common ones keep "
         "growing.",

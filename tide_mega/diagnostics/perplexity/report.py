@@ -50,6 +50,7 @@ def run(analysis: Analysis) -> Section:
         options.texts,
         analysis.runs[0].tokenizer,
         max_tokens=options.text_tokens,
+        max_document_bytes=options.max_document_bytes,
         key="texts",
         vocab_size=min(one.config.model.vocab_size for one in analysis.runs),
     )
@@ -78,9 +79,6 @@ def run(analysis: Analysis) -> Section:
     if relative is not None:
         figures["relative"] = relative
     return Section(
-        name="perplexity",
-        shows="Figure 8",
-        title="Perplexity of texts against training tokens",
         paper=PAPER,
         findings=tuple(
             sentence

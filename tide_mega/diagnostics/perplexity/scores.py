@@ -60,9 +60,6 @@ def logged_points(metrics: Path, until: int) -> tuple[dict[str, list[Point]], li
     """Read a run's evaluations up to step `until`: by text, and of the held-out split.
 
     Nothing where there is no such file. Of a step evaluated again after a restart the last counts.
-
-    Raises:
-        ValueError: a line before the last is no record.
     """
     records = read_metrics(metrics) if metrics.is_file() else []
     texts: dict[str, dict[int, Point]] = {}

@@ -70,9 +70,6 @@ def run(analysis: Analysis) -> Section:
     if len(results) > 1:
         notes.append(f"The figure's pairs are those of {drawn.label}.")
     return Section(
-        name="identity",
-        shows="Proposition 3.3",
-        title="The memory separates tokens whose hidden states are close",
         paper=PAPER,
         findings=tuple(sentence for one in results for sentence in describe(one)),
         tables={"reach": reach_table(results), "pairs": pair_table(results, analysis.runs[0])},

@@ -81,9 +81,6 @@ def run(analysis: Analysis) -> Section:
         results.append(Checked(one.label, at_thresholds, tuple(epsilons), curve, routed))
     watched = by_run({one.label: f"{one.routed.tokens:,} held-out tokens" for one in results})
     return Section(
-        name="null_bound",
-        shows="Proposition 3.1",
-        title="The null bank can silence the memory",
         paper=PAPER,
         findings=tuple(sentence for one in results for sentence in describe(one)),
         tables={"bound": bound_table(results), "layers": layer_table(results)},

@@ -33,9 +33,6 @@ def run(analysis: Analysis) -> Section:
     findings = [sentence for one in memory for sentence in describe(one, base)]
     findings.append(describe_steps(memory[0]))
     return Section(
-        name="pathways",
-        shows="Proposition 3.2",
-        title="Squared gradients of the tables' rows",
         paper=PAPER,
         findings=tuple(findings),
         tables={"deciles": decile_table(memory, base), "tables": table_table(memory)},

@@ -101,9 +101,6 @@ def run(analysis: Analysis) -> Section:
         )
         figures[f"layers_{number}"] = draw_layers(routing.weight_LSJ[..., -1], routing.mean_LJ, label)
     return Section(
-        name="routing",
-        shows="Figure 10",
-        title="Router weights of the memory blocks and of the null bank",
         paper=(
             "In the last layer of TIDE-8E-1B the null bank's mean weight never falls with frequency: from 0.530 "
             "on the rarest decile to 0.889 on the commonest. Block 5 has about 0.31 on rare tokens and almost "
@@ -141,8 +138,9 @@ def _findings(label: str, routing: Routing) -> list[str]:
     found = []
     if len(filled) > 1:
         known = null_LB[last, filled].tolist()
-        steps = sum(after >= before for before, after in pairwise(known))
-        order = "never falls" if steps == len(known) - 1 else f"rises in {steps} of {len(known) - 1} steps"
+        steps = [after - before for before, after in pairwise(known)]
+        rises = sum(step > 0 for step in steps)
+        order = "never falls" if min(steps) >= 0 else f"rises in {rises} of {len(steps)} steps"
         rarest, commonest = _decile(filled[0]), _decile(filled[-1])
         found.append(
             f"{label}: in the last layer the null bank's mean weight goes from {known[0]:.3f} on {rarest} to "

@@ -34,7 +34,7 @@ def draw_lines(runs: Measured, looks: Mapping[str, Line], base: str | None, *, r
     categories = list(next(iter(runs.values())))
     compared = base if base is not None and len(runs) > 1 else None
     figure, axes = style.panels(len(categories), 1 if compared is None else 2, height=3.4)
-    y = "mean distance / mean norm" if relative else rf"{_DISTANCE} $\|h_u - h_v\|$"
+    y = "mean distance / mean norm" if relative else f"{_DISTANCE} ‖hᵤ \N{MINUS SIGN} hᵥ‖"
     for column, category in enumerate(categories):
         curves_L = {
             label: of[category].relative_L if relative else of[category].mean_L for label, of in runs.items()

@@ -39,9 +39,6 @@ def run(analysis: Analysis) -> Section:
     results = {opened.label: _measure(analysis.model(opened), chosen, analysis) for opened in analysis.runs}
     base = None if analysis.base is None else analysis.base.label
     return Section(
-        name="separation",
-        shows="Figures 2 and 6",
-        title="Distance between the hidden states of token pairs in the same context",
         paper=(
             "In the 1B baseline the mean l2 distance stays near zero through most of the depth and grows in the "
             "last layers, least for numerals (Figure 2). TIDE's is larger, most from the middle to the last "

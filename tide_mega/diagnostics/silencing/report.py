@@ -12,14 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tide_mega.data.batch import TokenBatch
-from tide_mega.data.texts import TextSet
 from tide_mega.diagnostics.analysis import Analysis
+from tide_mega.diagnostics.other_rows import missing_texts, rise, scored_note
 from tide_mega.diagnostics.section import Cell, DataTable, Section
 from tide_mega.diagnostics.silencing.plot import draw_silencing
 from tide_mega.trained.model import TrainedModel
 from tide_mega.trained.run import TrainedRun
-
-HELD_OUT = "held-out"
 
 Tokens = dict[tuple[str, str], int]
 """Tokens scored, by run and text."""
@@ -46,12 +44,6 @@ class Silencing:
     def rise_L(self) -> NDArray[np.float64]:
         """Rise of the perplexity, per cent; below 0 where it falls."""
         return np.array([rise(self.loss, silenced) for silenced in self.silenced_L])
-
-
-def rise(loss: float, other: float) -> float:
-    """Return how much higher, in per cent, the perplexity of another loss is."""
-    with np.errstate(over="ignore"):
-        return float(100 * np.expm1(other - loss))
 
 
 def measure_silencing(mean_loss: Callable[[Sequence[int]], float], num_layers: int) -> Silencing:
@@ -90,14 +82,11 @@ def run(analysis: Analysis) -> Section:
     results: dict[str, dict[str, Silencing]] = {}
     tokens: Tokens = {}
     for opened in analysis.with_memory:
-        texts = _texts(analysis, opened)
+        texts = analysis.texts(opened)
         for name, batches in texts.items():
             tokens[opened.label, name] = sum(int((batch.labels_BT >= 0).sum()) for batch in batches)
         results[opened.label] = _silence(analysis, opened, texts)
     return Section(
-        name="silencing",
-        shows="Figure 11",
-        title="Perplexity with the memory of one layer left out",
         paper=(
             "Without the memory of layer 0 the perplexity of TIDE-24E-1B rises by more than 1,000 % on every "
             "text, and by 1.09e6 % on PubMed; without that of layer 1 by 8.1 to 12.9 %, of layers 4 to 12 by "
@@ -111,7 +100,10 @@ def run(analysis: Analysis) -> Section:
             f"layers_{number}": draw_silencing(label, by_text)
             for number, (label, by_text) in enumerate(results.items(), start=1)
         },
-        notes=(_scored(tokens), *_missing_texts(analysis)),
+        notes=(
+            f"{scored_note(tokens)} Layers count from 0; a silenced one keeps its attention and feed-forward.",
+            *missing_texts(analysis),
+        ),
     )
 
 
@@ -124,21 +116,6 @@ def _silence(
         name: measure_silencing(partial(mean_loss, model, batches), model.num_layers)
         for name, batches in texts.items()
     }
-
-
-def _texts(analysis: Analysis, opened: TrainedRun) -> dict[str, list[TokenBatch]]:
-    """Batches by name, two files of one name told apart."""
-    options, config = analysis.options, opened.config
-    texts = {HELD_OUT: analysis.held_out(opened)}
-    for path in options.texts:
-        text = TextSet.load(
-            path, opened.tokenizer, max_tokens=options.text_tokens, vocab_size=config.model.vocab_size
-        )
-        name, number = text.name, 2
-        while name in texts:
-            name, number = f"{text.name} ({number})", number + 1
-        texts[name] = list(text.batches(config.data.seq_length, options.batch))
-    return texts
 
 
 def _findings(label: str, by_text: Mapping[str, Silencing]) -> list[str]:
@@ -201,21 +178,3 @@ def _whole_model(results: Mapping[str, Mapping[str, Silencing]], tokens: Tokens)
         ),
         rows,
     )
-
-
-def _scored(tokens: Tokens) -> str:
-    by_run: dict[str, list[str]] = {}
-    for (label, name), number in tokens.items():
-        by_run.setdefault(label, []).append(f"{number:,} of {name}")
-    each = {label: ", ".join(of_texts) for label, of_texts in by_run.items()}
-    if len(set(each.values())) == 1:
-        listed = next(iter(each.values()))
-    else:
-        listed = "; ".join(f"{label} {of_texts}" for label, of_texts in each.items())
-    return (
-        f"Tokens scored: {listed}. Layers count from 0; a silenced one keeps its attention and feed-forward."
-    )
-
-
-def _missing_texts(analysis: Analysis) -> list[str]:
-    return [] if analysis.options.texts else ["Only the held-out split: texts=[file,...] adds other texts."]

@@ -48,9 +48,6 @@ def run(analysis: Analysis) -> Section:
     widest = analysis.runs[-1]
     paper = Setting("the paper's budget on this text", PAPER, measure_updates(*_types(widest), PAPER))
     return Section(
-        name="updates",
-        shows="Equation 2.2, Table 1",
-        title="Gradients that a token is expected to get",
         paper="Over 200B tokens with B = 8 and T = 2048, a token that occurs once in WikiText-103 is "
         "expected to get some 1,660 non-zero gradients, the commonest 1.66e9: six orders of magnitude.",
         findings=tuple(_finding(setting) for setting in [*own, paper]),
@@ -63,7 +60,7 @@ def run(analysis: Analysis) -> Section:
 def _own_settings(runs: Sequence[TrainedRun]) -> list[Setting]:
     alike: dict[object, tuple[Schedule, list[TrainedRun]]] = {}
     for of in runs:
-        schedule = Schedule(of.step, of.config.trainer.global_batch_size * of.config.data.seq_length)
+        schedule = Schedule(of.step, round(of.tokens_per_step))
         key = (schedule, *(values_V.tobytes() for values_V in _types(of)))
         alike.setdefault(key, (schedule, []))[1].append(of)
     return [

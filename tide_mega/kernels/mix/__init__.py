@@ -6,7 +6,7 @@ Shapes: N tokens, D hidden size, K memory blocks, J = K + 1, U distinct token ty
 from torch import Tensor
 
 from tide_mega.kernels.mix import cpu, naive
-from tide_mega.kernels.row_gradient.sink import RowGradient, deliver, deliver_dense
+from tide_mega.kernels.row_gradient.sink import RowGradient, deliver
 from tide_mega.kernels.token_order import TokenOrder
 
 __all__ = ["mix"]
@@ -39,10 +39,8 @@ def mix(
         from tide_mega.kernels.mix.triton import fused_mix
 
         return fused_mix(logits_NJ, residual, ffn, rows_UKD, order, sink)
-    if version == "naive":
-        rows_UKD = rows_UKD if sink is None else deliver_dense(rows_UKD, sink)
-        return naive.mix(logits_NJ, residual, ffn, rows_UKD, order.index_N)
-    injected_ND, alpha_NJ = cpu.inject(logits_NJ, rows_UKD, order.index_N)
+    in_torch = {"naive": naive, "cpu": cpu}[version]
+    injected_ND, alpha_NJ = in_torch.inject(logits_NJ, rows_UKD.detach(), order.index_N)
     if sink is not None:
         injected_ND = deliver(injected_ND, alpha_NJ, order, sink)
-    return residual + (ffn + injected_ND.view_as(residual)), alpha_NJ
+    return residual + (ffn + injected_ND.view_as(residual).to(residual.dtype)), alpha_NJ

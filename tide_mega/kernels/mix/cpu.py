@@ -15,7 +15,7 @@ def inject(logits_NJ: Tensor, rows_UKD: Tensor, index_N: Tensor) -> tuple[Tensor
     block_K = torch.arange(blocks, dtype=index_N.dtype)
     injected_ND = F.embedding_bag(
         index_N[:, None] * blocks + block_K,
-        rows_UKD.detach().flatten(0, 1),
+        rows_UKD.flatten(0, 1),
         mode="sum",
         per_sample_weights=alpha_NJ[:, :blocks].to(rows_UKD.dtype),
     )

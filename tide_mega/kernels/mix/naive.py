@@ -3,8 +3,9 @@
 Shapes: N tokens, D hidden size, K memory blocks, J = K + 1, U distinct token types of the step.
 """
 
-import torch.nn.functional as F
 from torch import Tensor
+
+from tide_mega.kernels.row_lookup import look_up
 
 
 def mix(
@@ -22,9 +23,15 @@ def mix(
     Returns:
         The layer's output, shaped as `residual`, and α [N, J] in fp32, detached.
     """
+    injected_ND, alpha_NJ = inject(logits_NJ, rows_UKD, index_N)
+    # In bf16 the small terms are added first: each sum rounds at its own size.
+    return residual + (ffn + injected_ND.view_as(residual).to(residual.dtype)), alpha_NJ
+
+
+def inject(logits_NJ: Tensor, rows_UKD: Tensor, index_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Return Σ_k α_k M_k [N, D], differentiable in both inputs, and α [N, J] in fp32, detached."""
     blocks = rows_UKD.size(1)
     alpha_NJ = logits_NJ.float().softmax(-1)
-    rows_NKD = F.embedding(index_N.long(), rows_UKD.flatten(1)).unflatten(1, (blocks, -1))
+    rows_NKD = look_up(rows_UKD.flatten(1), index_N).unflatten(1, (blocks, -1))
     injected_ND = (alpha_NJ[:, None, :blocks].to(rows_NKD.dtype) @ rows_NKD).squeeze(1)
-    # In bf16 the small terms are added first: each sum rounds at its own size.
-    return residual + (ffn + injected_ND.view_as(residual).to(residual.dtype)), alpha_NJ.detach()
+    return injected_ND, alpha_NJ.detach()

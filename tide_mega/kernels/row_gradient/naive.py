@@ -1,10 +1,11 @@
-"""The rows' gradient in clear torch: the oracle. Materialises [N, K, D] a layer.
+"""The rows' gradient in clear torch, one layer and block after the other: the oracle.
 
 Shapes: U rows, K blocks, J = K + 1, N tokens, D width.
 """
 
 from torch import Tensor
 
+from tide_mega.kernels.row_lookup import sum_rows
 from tide_mega.kernels.token_order import TokenOrder
 
 
@@ -19,7 +20,7 @@ def add_rows(
         alphas_NJ: fp32 router weights of each layer, the null bank's last.
         gradients_ND: gradient of each layer's output.
     """
-    blocks = total_UKD.size(1)
     for alpha_NJ, gradient_ND in zip(alphas_NJ, gradients_ND, strict=True):
-        part_NKD = alpha_NJ[:, :blocks, None] * gradient_ND.float()[:, None]
-        total_UKD.index_add_(0, order.index_N.long(), part_NKD)
+        for block in range(total_UKD.size(1)):
+            part_ND = alpha_NJ[:, block, None] * gradient_ND.float()
+            total_UKD[:, block] += sum_rows(order, part_ND)

@@ -50,10 +50,6 @@ class RowGradient:
         if len(self._gradients_ND) == self._num_layers:
             self._flush()
 
-    def add_dense(self, gradient_UKD: Tensor) -> None:
-        """Take a whole gradient, as autograd makes it for the naive mix."""
-        self._total().add_(gradient_UKD)
-
     def total(self) -> Tensor:
         """Return the sum of everything left so far [U, K, D]."""
         self._flush()
@@ -101,20 +97,3 @@ class _Deliver(torch.autograd.Function):
 def deliver(out: Tensor, alpha_NJ: Tensor, order: TokenOrder, sink: RowGradient) -> Tensor:
     """Return `out` [..., D]; when its gradient is known, the sink gets it with the weights `alpha_NJ`."""
     return _Deliver.apply(out, alpha_NJ, order, sink)
-
-
-class _DeliverDense(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows_UKD: Tensor, sink: RowGradient) -> Tensor:
-        ctx.sink = sink
-        return rows_UKD.view_as(rows_UKD)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None]:
-        ctx.sink.add_dense(gradients[0])
-        return None, None
-
-
-def deliver_dense(rows_UKD: Tensor, sink: RowGradient) -> Tensor:
-    """Return the rows, as something whose whole gradient the sink gets."""
-    return _DeliverDense.apply(rows_UKD.detach().requires_grad_(), sink)

@@ -16,12 +16,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from tide_mega.config.device_memory import LOGIT_CHUNK_BYTES
 from tide_mega.kernels.vocab_loss.softmax import ChunkSoftmax, chunk_softmax
 
-CUDA_CHUNK_BYTES = 2**30
-"""Logits of a chunk: large enough for the matrix products."""
-_HAS_WIDE_PRODUCT = "dtype_out" in torch.ops.aten.addmm.overloads()
-"""Whether this torch multiplies bf16 into fp32 sums; without, each product is rounded before it is added."""
 CPU_CHUNK_TOKENS = 512
 """Fewer cost more, since each chunk goes through the whole gradient of the weight; more leave the caches."""
 
@@ -91,7 +88,7 @@ def tokens_of_a_chunk(hidden_ND: Tensor, weight_WD: Tensor) -> int:
     """Return the tokens of chunks as equal as can be, within the device's bound."""
     if not hidden_ND.is_cuda:
         return CPU_CHUNK_TOKENS
-    most = max(1, CUDA_CHUNK_BYTES // (weight_WD.size(0) * hidden_ND.element_size()))
+    most = max(1, LOGIT_CHUNK_BYTES // (weight_WD.size(0) * hidden_ND.element_size()))
     tokens = max(1, hidden_ND.size(0))
     each = math.ceil(tokens / math.ceil(tokens / most))
     multiple = 64 if most >= 64 else 1
@@ -116,7 +113,7 @@ class _ChunkedVocabLoss(torch.autograd.Function):
         here_N = (local_N >= 0) & (local_N < weight_WD.size(0)) & kept_N
         local_N = local_N.masked_fill(~here_N, 0)
         count = kept_N.sum()
-        share_N = kept_N / count.float()
+        share_N = kept_N / count.clamp_min(1).float()
         cross_entropy_N, log_z_N = torch.empty_like(share_N), torch.empty_like(share_N)
         grad_ND = torch.empty_like(hidden_ND) if wanted[0] else None
         grad_WD = torch.empty_like(weight_WD, dtype=torch.float32) if wanted[1] else None
@@ -142,7 +139,7 @@ class _ChunkedVocabLoss(torch.autograd.Function):
             if grad_WD is not None:
                 _add_product(grad_WD, logits_CW, hidden_CD, is_first=first == 0)
         z_square = (log_z_N.square() * kept_N).sum()
-        loss = (cross_entropy_N.sum() + z_loss * z_square) / count
+        loss = (cross_entropy_N.sum() + z_loss * z_square) / count.clamp_min(1)
         ctx.save_for_backward(grad_ND, grad_WD)
         ctx.weight_dtype = weight_WD.dtype
         ctx.mark_non_differentiable(cross_entropy_N, z_square, count)
@@ -177,7 +174,7 @@ def _add_product(total_WD: Tensor, grad_CW: Tensor, hidden_CD: Tensor, is_first:
     beta = 0 if is_first else 1
     if grad_CW.dtype == total_WD.dtype:
         total_WD.addmm_(grad_CW.t(), hidden_CD, beta=beta)
-    elif grad_CW.is_cuda and _HAS_WIDE_PRODUCT:
+    elif grad_CW.is_cuda:  # torch 2.10 is the first to add a product of bf16 matrices to an fp32 one
         torch.addmm(total_WD, grad_CW.t(), hidden_CD, out_dtype=torch.float32, beta=beta, out=total_WD)
     elif is_first:
         total_WD.copy_(torch.mm(grad_CW.t(), hidden_CD))

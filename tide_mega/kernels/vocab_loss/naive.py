@@ -30,5 +30,5 @@ def vocab_loss(
     cross_entropy_N = torch.where(kept_N, log_z_N - target_N, 0.0)
     z_square = (log_z_N.square() * kept_N).sum()
     count = kept_N.sum()
-    loss = (cross_entropy_N.sum() + z_loss * z_square) / count
+    loss = (cross_entropy_N.sum() + z_loss * z_square) / count.clamp_min(1)
     return loss, cross_entropy_N.detach(), z_square.detach(), count

@@ -23,8 +23,8 @@ class Injector:
     """The faults of one rank. Without any it does nothing.
 
     Steps are counted by batches of data, so a batch that a rollback has passed by does not strike again, and one
-    that a resumed run reads again does. `kill` and `hang` leave a mark in the run folder first and strike once,
-    else no restart would get past them.
+    that a resumed run reads again does. `kill`, `hang` and `disk_full` leave a mark in the run folder first and
+    strike once, else no restart would get past them.
     """
 
     def __init__(self, texts: Sequence[str], rank: int, marks: Path) -> None:
@@ -70,10 +70,13 @@ class Injector:
         return result if factor == 1.0 else replace(result, loss_sum=result.loss_sum * factor)
 
     def is_disk_full(self, batch: int) -> bool:
-        """Whether the next checkpoint is to fail, at or after the step on batch number `batch`."""
-        return any(
-            one.kind == "disk_full" and batch >= one.step and self._is_first(one) for one in self._mine
-        )
+        """Whether the checkpoint after batch number `batch` is to fail: the first from the fault's batch on."""
+        due = [one for one in self._mine if one.kind == "disk_full" and one.step <= batch]
+        self._mine = [one for one in self._mine if one not in due]
+        first = [one for one in due if self._is_first(one)]
+        for one in first:
+            log.warning("FAULT INJECTION: %s strikes", one.text)
+        return bool(first)
 
     def _due(self, kind: str, batch: int) -> list[Injection]:
         due = [one for one in self._mine if one.kind == kind and one.step == batch]

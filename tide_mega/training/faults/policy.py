@@ -4,6 +4,8 @@ from dataclasses import asdict, dataclass, field
 from enum import Enum
 from typing import Any
 
+from tide_mega.config.errors import StatedError
+from tide_mega.config.exits import Exit
 from tide_mega.config.schema import FaultConfig
 from tide_mega.training.faults.spike import SpikeWindow
 from tide_mega.training.faults.vote import Vote
@@ -14,8 +16,10 @@ ADVICE = (
 )
 
 
-class DivergedError(RuntimeError):
+class DivergedError(StatedError, RuntimeError):
     """The loss or its gradient went wrong more often than the configuration allows."""
+
+    exit_status = Exit.DIVERGED
 
 
 class Action(Enum):

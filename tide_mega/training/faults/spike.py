@@ -16,6 +16,7 @@ class SpikeWindow:
 
     def __init__(self, size: int, losses: Iterable[float] = ()) -> None:
         """Take how many steps to judge by, and those known so far, oldest first."""
+        self._size = size
         self._losses: deque[float] = deque(losses, maxlen=size)
 
     @property
@@ -29,7 +30,7 @@ class SpikeWindow:
 
     def z_score(self, loss: float) -> float | None:
         """(loss - median) / (1.4826 MAD), MAD being the median distance from the median; None until it is full."""
-        if len(self._losses) < (self._losses.maxlen or 0) or not math.isfinite(loss):
+        if len(self._losses) < self._size or not math.isfinite(loss):
             return None
         median = statistics.median(self._losses)
         deviation = statistics.median(abs(known - median) for known in self._losses)

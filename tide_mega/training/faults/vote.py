@@ -21,7 +21,7 @@ class Vote:
     """What all ranks say of a step, before its update."""
 
     is_loss_finite: bool
-    """On every rank that computed one."""
+    """On every rank that computed one, and of some token at all."""
     is_gradient_finite: bool
     """In every rank's share, replicated weights' copies included."""
     loss: float
@@ -54,7 +54,7 @@ def take_vote(result: StepResult, is_gradient_finite: Tensor, seconds: float) ->
     finite_W, gradient_W, loss_W, tokens_W, seconds_W = all_WC.t().tolist()
     tokens = math.fsum(tokens_W)
     return Vote(
-        is_loss_finite=all(finite_W),
+        is_loss_finite=all(finite_W) and tokens > 0,
         is_gradient_finite=all(gradient_W),
         loss=math.fsum(loss_W) / tokens if tokens else math.nan,
         seconds_by_rank=seconds_W,

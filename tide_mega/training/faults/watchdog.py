@@ -9,8 +9,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from tide_mega.config.exits import Exit
 from tide_mega.config.schema import TideConfig
-from tide_mega.training.exits import Exit
+from tide_mega.jobs.folder_lock import release_held
 
 _GRACE_SECONDS = 10.0
 """Between the report and the end: the end of one rank would end the others before they report."""
@@ -20,6 +21,11 @@ def hang_seconds(config: TideConfig) -> float:
     """How long a rank may go without progress: `faults.hang_minutes`, or two thirds of the collectives' limit."""
     minutes = config.faults.hang_minutes
     return 60 * (config.cluster.timeout_minutes * 2 / 3 if minutes is None else minutes)
+
+
+def _end(status: int) -> None:
+    release_held(seconds=5.0)
+    os._exit(status)
 
 
 class Watchdog:
@@ -37,7 +43,7 @@ class Watchdog:
         seconds: float,
         *,
         clock: Callable[[], float] = time.monotonic,
-        end: Callable[[int], object] = os._exit,
+        end: Callable[[int], object] | None = None,
     ) -> None:
         """Describe the watch.
 
@@ -46,10 +52,10 @@ class Watchdog:
             rank: this process.
             seconds: longest time between two beats; 0 never ends anything.
             clock: for tests.
-            end: takes the exit status and ends the process at once.
+            end: takes the exit status and ends the process at once; None gives back the run folder first.
         """
         self.path = folder / f"rank-{rank}.txt"
-        self._rank, self._seconds, self._clock, self._end = rank, seconds, clock, end
+        self._rank, self._seconds, self._clock, self._end = rank, seconds, clock, end or _end
         self._last, self._phase = clock(), "start-up"
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None

@@ -24,7 +24,9 @@ class StepNullWeights:
         self._stage.board.alpha_L = {} if logged and self._stage.num_blocks else None
 
     def read(self, batches: list[TokenBatch]) -> NullWeightResult:
-        """Average over all input tokens of the step, of these microbatches here; clears the board.
+        """Average over the input tokens of the step, of these microbatches here; padding counts nothing.
+
+        Clears the board.
 
         Collective over the world; empty without memory.
         """
@@ -35,6 +37,6 @@ class StepNullWeights:
             of_microbatches = stage.null_weights().split(sizes, dim=1)
             stage.board.alpha_L = None
             for null_LBT, batch in zip(of_microbatches, batches, strict=True):
-                self._null.update(null_LBT, batch.tokens_BT)
+                self._null.update(null_LBT, *batch)
         # Every stage and tensor rank has the weights of all layers: only replicas differ.
         return self._null.reduce(lambda tensor: sum_over(stage.groups.data, tensor))

@@ -15,6 +15,8 @@ class SlurmJob:
     nodes: int
     end_time: float | None
     """When the time limit strikes, in seconds since 1970; None where there is no limit, or it is not known."""
+    cluster: str | None = None
+    """Its name, by which SLURM tells clusters apart."""
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "SlurmJob | None":
@@ -32,6 +34,7 @@ class SlurmJob:
             restarts=_integer(environment.get("SLURM_RESTART_COUNT"), 0),
             nodes=_integer(environment.get("SLURM_JOB_NUM_NODES"), 1),
             end_time=float(end) if end.isdigit() and "SUBMITIT_EXECUTOR" not in environment else None,
+            cluster=environment.get("SLURM_CLUSTER_NAME") or None,
         )
 
 

@@ -1,0 +1,294 @@
+"""Running the program on fake tensors: every operation is checked, noted, and done without its numbers.
+
+What torch itself would refuse on a GPU is refused, with the place named; what it would take in silence and pay
+for, by making the host wait or by computing in float64, is counted.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+from tide_mega.dryrun.groups import Mirror, among, communicate
+from tide_mega.dryrun.recorder import DryRunError, Recorder, place, recording
+from tide_mega.dryrun.values import assumed, attach, follow
+
+aten = torch.ops.aten
+CUDA = torch.device("cuda", 0)
+SIZED_BY_DATA = frozenset(
+    {"nonzero", "unique_dim", "_unique", "_unique2", "unique_consecutive", "masked_select", "bincount"}
+)
+"""Operations that make the host wait on CUDA, since it has to know how large their result is."""
+COPIES = frozenset({"copy_", "_to_copy", "_foreach_copy_", "set_"})
+INDEXING = frozenset({"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"})
+PRODUCTS = frozenset({"mm", "bmm", "addmm", "baddbmm", "_scaled_dot_product_flash_attention"})
+
+
+@contextmanager
+def dry_run(recorder: Recorder | None = None, peers: Mirror | None = None) -> Iterator[Recorder]:
+    """Run what is inside on fake tensors, this process's CUDA device included; `cuda.install` comes first.
+
+    Args:
+        recorder: notes what happens; None makes one.
+        peers: what the other ranks send; None takes them for alike to this one.
+    """
+    recorder, peers = recorder or Recorder(), peers or Mirror()
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    operations = _Operations(fake, recorder, peers)
+    with recording(recorder), among(peers), _seen_in_backward(), _PythonCalls(), fake, operations:
+        yield recorder
+
+
+@contextmanager
+def _seen_in_backward() -> Iterator[None]:
+    """See Python's calls in a backward pass: torch takes a mode away while it answers the call of `backward`."""
+    run_backward = torch.autograd._engine_run_backward
+
+    def run_seen(*args: Any, **kwargs: Any) -> Any:
+        with _PythonCalls():
+            return run_backward(*args, **kwargs)
+
+    torch.autograd._engine_run_backward = run_seen
+    try:
+        yield
+    finally:
+        torch.autograd._engine_run_backward = run_backward
+
+
+class _Operations(TorchDispatchMode):
+    """Every operation that reaches a device."""
+
+    def __init__(self, fake: FakeTensorMode, recorder: Recorder, peers: Mirror) -> None:
+        super().__init__()
+        self._fake, self._recorder, self._peers = fake, recorder, peers
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        inputs = _tensors((args, kwargs))
+        if not all(isinstance(tensor, FakeTensor) for tensor in inputs):
+            args, kwargs = tree_map_only(Tensor, self._fake_of, (args, kwargs))
+            inputs = _tensors((args, kwargs))
+        if func.namespace == "c10d":
+            return communicate(func, args, kwargs, self._recorder, self._peers)
+        name = func._opname
+        if name == "_local_scalar_dense":
+            return self._scalar(args[0])
+        if name == "equal":
+            return self._scalar((args[0] == args[1]).all()) if args[0].shape == args[1].shape else False
+        if name in INDEXING:
+            args = self._with_integer_indices(func, args)
+        _one_device(func, inputs)
+        kwargs = _without_meta(name, kwargs)
+        result = self._run(func, args, kwargs)
+        follow(func, args, kwargs, inputs, _tensors(result), result)
+        self._note(func, name, args, kwargs, inputs, result)
+        return result
+
+    def _fake_of(self, tensor: Tensor) -> Tensor:
+        if isinstance(tensor, FakeTensor):
+            return tensor
+        fake = self._fake.from_tensor(tensor)
+        attach(fake, tensor)
+        return fake
+
+    def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if func._opname not in SIZED_BY_DATA:
+            return func(*args, **kwargs)
+        device = args[0].device
+        with _disable_current_modes():
+            real = func(*tree_map_only(Tensor, assumed, args), **tree_map_only(Tensor, assumed, kwargs))
+        return tree_map_only(
+            Tensor, lambda r: torch.empty_strided(r.size(), r.stride(), dtype=r.dtype, device=device), real
+        )
+
+    def _scalar(self, tensor: Tensor) -> Any:
+        if tensor.is_cuda:
+            self._recorder.wait("item")
+        with _disable_current_modes():
+            return assumed(tensor).item()
+
+    def _with_integer_indices(self, func: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Turn masks into integers, as CUDA does; it waits for their number unless it can fill in place."""
+        indices: list[Tensor | None] = []
+        value = args[2] if "put" in func._opname else None
+        fills = value is not None and value.numel() == 1 and not value.is_cuda
+        for index in args[1]:
+            if index is None or index.dtype != torch.bool:
+                indices.append(index)
+                continue
+            if index.is_cuda and not fills:
+                self._recorder.wait("sized by data")
+            with _disable_current_modes():
+                columns = assumed(index).nonzero().unbind(1)
+            for column in columns:
+                integer = torch.empty(column.shape, dtype=torch.int64, device=index.device)
+                attach(integer, column)
+                indices.append(integer)
+        return (args[0], indices, *args[2:])
+
+    def _note(
+        self,
+        func: Any,
+        name: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        inputs: list[Tensor],
+        result: Any,
+    ) -> None:
+        recorder = self._recorder
+        if name in SIZED_BY_DATA and inputs[0].is_cuda:
+            recorder.wait("sized by data")
+        if name == "_to_copy":
+            self._note_copy(result, args[0], kwargs.get("non_blocking", False), is_new=True)
+        elif name == "copy_":
+            self._note_copy(args[0], args[1], kwargs.get("non_blocking", args[2] if len(args) > 2 else False))
+        elif name == "_foreach_copy_":
+            for target, source in zip(*args[:2], strict=True):
+                self._note_copy(
+                    target, source, kwargs.get("non_blocking", args[2] if len(args) > 2 else False)
+                )
+        outputs = [o for o in _tensors(result) if o.is_cuda]
+        if not func.is_view and any(o.dtype == torch.float64 for o in outputs):
+            recorder.doubles[place(), name] += 1
+        if name in PRODUCTS and outputs:
+            recorder.products[place(), str(inputs[1].dtype).removeprefix("torch.")] += 1
+
+    def _note_copy(self, target: Tensor, source: Tensor, non_blocking: bool, is_new: bool = False) -> None:
+        """A copy between host and device makes the host wait, unless it may not and the host's memory is pinned.
+
+        With `is_new` the target was made for the copy: in pinned memory, where it is not to be waited for.
+        """
+        if target.is_cuda == source.is_cuda:
+            return
+        host = source if target.is_cuda else target
+        is_pinned = getattr(host, "_is_pinned", False) or (is_new and not target.is_cuda)
+        if not (non_blocking and is_pinned):
+            self._recorder.wait("copy to device" if target.is_cuda else "copy to host")
+
+
+def _one_device(func: Any, inputs: list[Tensor]) -> None:
+    """Refuse CPU tensors beside CUDA tensors; single numbers go along as arguments of the kernel.
+
+    Raises:
+        DryRunError: naming operation and place. An index on the CPU too, which torch would copy and wait for.
+    """
+    if func._opname in COPIES or not any(tensor.is_cuda for tensor in inputs):
+        return
+    for tensor in inputs:
+        if not tensor.is_cuda and tensor.ndim:
+            raise DryRunError(
+                f"{place()} gives {func} a CPU tensor {list(tensor.shape)} beside CUDA tensors: make it there"
+            )
+
+
+def _without_meta(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """C++ takes CUDA fakes for meta tensors (see `cuda`); what it wants made there belongs on CUDA.
+
+    Not the number of `x[mask] = 0`: beside a CUDA tensor C++ leaves it on the CPU, and fills without waiting.
+    """
+    device = kwargs.get("device")
+    if device is None or device.type != "meta":
+        return kwargs
+    return {**kwargs, "device": torch.device("cpu") if name == "scalar_tensor" else CUDA}
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)]
+
+
+class _PythonCalls(TorchFunctionMode):
+    """Calls that go past the dispatcher, or that ask a driver which is not there."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is not torch.device:
+            args = tuple(_with_index(a) for a in args)
+            kwargs = {key: _with_index(value) for key, value in kwargs.items()}
+            if isinstance(kwargs.get("device"), int):
+                kwargs["device"] = CUDA
+        is_pinned = kwargs.pop("pin_memory", False)  # C++ looks for an allocator of pinned memory
+        result = _REPLACED.get(func, func)(*args, **kwargs)
+        if is_pinned:
+            result._is_pinned = True
+        return result
+
+
+def _with_index(value: Any) -> Any:
+    """`cuda` without a number makes torch ask the driver which one it is."""
+    if isinstance(value, str) and value == "cuda":
+        return CUDA
+    return CUDA if isinstance(value, torch.device) and value.type == "cuda" and value.index is None else value
+
+
+def _to(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Leave a tensor where it is if it is there: C++ hears another name of its device and would copy it."""
+    copy = kwargs.pop("copy", False)
+    if args and isinstance(args[0], Tensor):
+        args = (args[0].device, args[0].dtype, *args[1:])
+    device, dtype, non_blocking, memory_format = torch._C._nn._parse_to(*args, **kwargs)
+    options: dict[str, Any] = {"non_blocking": non_blocking, "copy": copy, "memory_format": memory_format}
+    if device is not None and device != tensor.device:
+        return torch.Tensor.to(tensor, device, dtype or tensor.dtype, **options)
+    if dtype in (None, tensor.dtype) and memory_format is None and not copy:
+        return tensor
+    return torch.Tensor.to(tensor, dtype or tensor.dtype, **options)
+
+
+def _pin_memory(tensor: Tensor, *_: Any) -> Tensor:
+    pinned = tensor.clone()
+    pinned._is_pinned = True  # type: ignore[attr-defined]
+    return pinned
+
+
+def _type(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+    if args or kwargs:
+        return torch.Tensor.type(tensor, *args, **kwargs)
+    name = torch.empty((), dtype=tensor.dtype, device="cpu")
+    word = torch.Tensor.type(name).removeprefix("torch.")
+    return f"torch.cuda.{word}" if tensor.is_cuda else f"torch.{word}"
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """The flash kernel in 16 bits, else plain mathematics: C++ would choose by a device it does not know."""
+    if attn_mask is not None:
+        raise DryRunError("a dry run knows attention without a mask alone")
+    if enable_gqa:
+        times = query.size(1) // key.size(1)
+        key, value = key.repeat_interleave(times, 1), value.repeat_interleave(times, 1)
+    if query.is_cuda and query.dtype.itemsize == 2:
+        return aten._scaled_dot_product_flash_attention(
+            query, key, value, dropout_p, is_causal, False, scale=scale
+        )[0]
+    return aten._scaled_dot_product_attention_math(
+        query, key, value, None, dropout_p, is_causal, scale=scale
+    )[0]
+
+
+_REPLACED: dict[Any, Callable[..., Any]] = {
+    torch.Tensor.to: _to,
+    torch.Tensor.cuda: lambda tensor, *_, **__: _to(tensor, CUDA),
+    torch.Tensor.type: _type,
+    torch.Tensor.pin_memory: _pin_memory,
+    torch.Tensor.is_pinned: lambda tensor, *_: getattr(tensor, "_is_pinned", False),
+    F.scaled_dot_product_attention: _attention,
+}

@@ -1,0 +1,135 @@
+"""A process for dry runs: the stack is imported once, and each run is a fork that nothing was done in yet."""
+
+import contextlib
+import importlib
+import os
+import signal
+import subprocess
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from multiprocessing.connection import Connection, Pipe
+from types import TracebackType
+from typing import Any
+
+from tide_mega.config.errors import StatedError
+
+STACK = (
+    *("tide_mega.dryrun.rank", "tide_mega.kernels.mix.triton", "tide_mega.kernels.norm_router.triton"),
+    *("torch._decomp", "torch._refs", "torch._inductor.fx_passes.joint_graph"),
+)
+"""Imported before the first fork: what a step would import, and each fork again."""
+TIMEOUT = 300.0
+"""Seconds that a run, or the start, may take."""
+
+
+class DryRunFailedError(StatedError, RuntimeError):
+    """What a run raised, with its traceback; or that it died, or took too long."""
+
+    has_lines = True
+
+
+class DryWorker:
+    """Runs functions, each in a process of its own that sees a CUDA card and no other rank; a context manager."""
+
+    def __init__(self, timeout: float = TIMEOUT) -> None:
+        """Wait at most `timeout` seconds for each answer."""
+        self._timeout = timeout
+        self._process: subprocess.Popen[bytes] | None = None
+        self._channel: Any = None
+
+    def __enter__(self) -> "DryWorker":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def run(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Return `function(*args)`; it is a module-level function of an importable module.
+
+        Raises:
+            DryRunFailedError: it raised, died or did not answer in time; the worker goes on, or starts afresh.
+        """
+        if self._channel is None:
+            self._start()
+        self._channel.send((function, args))
+        try:
+            if not self._channel.poll(self._timeout):
+                raise DryRunFailedError(f"{function.__name__} did not answer in {self._timeout:g} s")
+            succeeded, value = self._channel.recv()
+        except (EOFError, OSError, DryRunFailedError) as error:
+            self.close()
+            raise error if isinstance(error, DryRunFailedError) else DryRunFailedError("died") from error
+        if not succeeded:
+            raise DryRunFailedError(value)
+        return value
+
+    def _start(self) -> None:
+        # Not by multiprocessing, which would import the caller's main module, and megatron-core with it, too soon.
+        self._channel, there = Pipe()
+        command = f"from tide_mega.dryrun import worker; worker.serve({there.fileno()})"
+        environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+            "OMP_NUM_THREADS": "1",
+        }
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", command],
+            pass_fds=[there.fileno()],
+            env=environment,
+            start_new_session=True,
+        )
+        there.close()
+
+    def close(self) -> None:
+        """End the process, and a run under way."""
+        if self._channel is not None and self._process is not None:
+            self._channel.close()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+        self._process = self._channel = None
+
+
+def serve(descriptor: int) -> None:
+    """Answer the worker at the other end of a connection, until it is closed."""
+    channel: Any = Connection(descriptor)
+    warnings.filterwarnings("ignore", module=r"(megatron|torch|deepspeed)(\.|$)")
+    import torch
+
+    from tide_mega.dryrun import cuda
+
+    torch.set_num_threads(1)  # and no threads that a fork would lose
+    cuda.install()
+    from tide_mega.parallel.device import choose_device
+    from tide_mega.parallel.engine import load_deepspeed
+
+    deepspeed = load_deepspeed(choose_device("cuda", 0))
+    for module in (*STACK, f"{deepspeed.__name__}.compile.backend"):
+        with contextlib.suppress(ImportError):  # a fork will say what it lacks
+            importlib.import_module(module)
+    with contextlib.suppress(EOFError):  # the parent is gone
+        while True:
+            function, args = channel.recv()
+            child = os.fork()
+            if child == 0:
+                _answer(channel, function, args)
+            _, status = os.waitpid(child, 0)
+            if status != 0:
+                channel.send((False, f"{function.__name__}: the process died with status {status}"))
+
+
+def _answer(channel: Any, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    """Run one function in the fork, and end it without what an interpreter does at its exit."""
+    status = 1
+    try:
+        try:
+            answer = (True, function(*args))
+        except BaseException:
+            answer = (False, traceback.format_exc())
+        channel.send(answer)
+        status = 0
+    finally:
+        os._exit(status)

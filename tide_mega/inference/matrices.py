@@ -1,0 +1,109 @@
+"""Matrix products of few rows, each held the way that its device multiplies fastest.
+
+A token's step reads every weight once, so a product is as fast as its weights stream from memory. On a CPU
+oneDNN reads them faster than what `F.linear` calls: in fp32 in any layout, in bf16 in its own.
+
+Shapes: N tokens, O outputs, I inputs.
+"""
+
+from abc import ABC, abstractmethod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+INT8_ZERO = 128
+"""What stands for 0 among activations, which oneDNN's int8 product takes unsigned."""
+
+
+class Matrix(ABC):
+    """x -> x Wᵀ."""
+
+    @abstractmethod
+    def __call__(self, x_NI: Tensor) -> Tensor:
+        """Return [N, O]."""
+
+
+class PlainMatrix(Matrix):
+    """A tensor as it is, multiplied by torch."""
+
+    def __init__(self, weight_OI: Tensor) -> None:
+        self.weight_OI = weight_OI
+
+    def __call__(self, x_NI: Tensor) -> Tensor:
+        """See Matrix."""
+        return F.linear(x_NI, self.weight_OI)
+
+
+class OneDnnMatrix(Matrix):
+    """Multiplied by oneDNN: what Inductor calls for a frozen weight."""
+
+    def __init__(self, weight_OI: Tensor, pack: bool, rows: int) -> None:
+        """Take a weight; `pack` copies it into the layout that is best for products of `rows` rows."""
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight_OI, rows) if pack else weight_OI
+
+    def __call__(self, x_NI: Tensor) -> Tensor:
+        """See Matrix."""
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(x_NI, self._weight, None, "none", [], "")
+        return product
+
+
+class Int8Matrix(Matrix):
+    """Weights in 8 bits with a scale for each output, activations rounded to 8 bits with a scale for each token.
+
+    oneDNN adds the products up exactly, so a token's result does not depend on the others.
+    """
+
+    def __init__(self, weight_OI: Tensor, rows: int) -> None:
+        scale_O = weight_OI.float().abs().amax(1).clamp_min(1e-12) / 127
+        codes_OI = torch.round(weight_OI.float() / scale_O[:, None]).to(torch.int8)
+        self._packed = torch.ops.onednn.qlinear_prepack(codes_OI, [rows, weight_OI.shape[1]])
+        self._scale_O = scale_O
+        self._zeros_O = torch.zeros(len(scale_O), dtype=torch.int32)
+        self._middle = torch.tensor(INT8_ZERO + 0.5)  # casting rounds down
+
+    def __call__(self, x_NI: Tensor) -> Tensor:
+        """See Matrix."""
+        wide_NI = x_NI.float()
+        scale_N1 = (
+            torch.linalg.vector_norm(wide_NI, float("inf"), -1, keepdim=True).clamp_min_(1e-12).div_(127)
+        )
+        codes_NI = torch.addcdiv(self._middle, wide_NI, scale_N1).to(torch.uint8)
+        product_NO: Tensor = torch.ops.onednn.qlinear_pointwise(
+            codes_NI, 1.0, INT8_ZERO, self._packed, self._scale_O, self._zeros_O,
+            None, 1.0, 0, torch.float32, "none", [], "",
+        )  # fmt: skip
+        return product_NO.mul_(scale_N1).to(x_NI.dtype)
+
+
+def has_onednn(dtype: torch.dtype) -> bool:
+    """Whether this build of torch multiplies by oneDNN in this precision, on this processor."""
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    return dtype == torch.float32 or (
+        dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+
+
+def has_int8() -> bool:
+    """Whether this build of torch has oneDNN's product of 8-bit integers."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.onednn, "qlinear_prepack")
+
+
+def make_matrix(
+    weight_OI: Tensor, *, rows: int, int8: bool, for_compiler: bool, is_shared: bool = False
+) -> Matrix:
+    """Hold a weight, on the device and in the precision it has.
+
+    Args:
+        weight_OI: the weight, which the caller gives up unless it is shared.
+        rows: N of the products that are to be fast.
+        int8: whether to round it to 8 bits, on a CPU.
+        for_compiler: whether torch.compile is to see the product, for which layouts of oneDNN are opaque.
+        is_shared: whether the tensor stays in use for something else, so that packing it costs a copy.
+    """
+    if int8:
+        return Int8Matrix(weight_OI, rows)
+    if weight_OI.device.type != "cpu" or for_compiler or not has_onednn(weight_OI.dtype):
+        return PlainMatrix(weight_OI)
+    return OneDnnMatrix(weight_OI, pack=not is_shared or weight_OI.dtype == torch.bfloat16, rows=rows)

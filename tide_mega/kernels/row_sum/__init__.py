@@ -1,0 +1,36 @@
+"""Gradients of rows added up at the rows' owner: several askers may have sent one for the same row.
+
+Every version adds the entries of a row in the askers' order, so the result is the same to the last bit in all of
+them and from run to run.
+
+Shapes: W rows owned here, Q rows received, K memory blocks, D width, G askers.
+"""
+
+from torch import Tensor
+
+from tide_mega.kernels.row_sum import cpu, naive
+
+__all__ = ["add_rows"]
+
+
+def add_rows(
+    version: str, total_WKD: Tensor, rows_Q: Tensor, received_QKD: Tensor, counts_G: list[int], divisor: int
+) -> None:
+    """Add received / divisor, computed in fp32, to the rows of a table, in place.
+
+    Args:
+        version: naive, cpu or triton.
+        total_WKD: fp32, contiguous.
+        rows_Q: row of each entry, asker by asker; an asker names a row once at most.
+        received_QKD: the entries, in any floating dtype.
+        counts_G: entries of each asker.
+        divisor: replicas over whose loss the mean is taken.
+    """
+    if version == "triton":
+        from tide_mega.kernels.row_sum import triton
+
+        triton.add_rows(total_WKD, rows_Q, received_QKD, divisor)
+    elif version == "cpu":
+        cpu.add_rows(total_WKD, rows_Q, received_QKD, divisor)
+    else:
+        naive.add_rows(total_WKD, rows_Q, received_QKD, counts_G, divisor)
