@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -40,6 +41,15 @@ def tokenizer_file(folder: Path, vocabulary: dict[str, int]) -> Path:
     made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="</s>"))
     made.save(str(folder / "tokenizer.json"))
     return folder / "tokenizer.json"
+
+
+def test_the_child_finds_this_package_where_the_path_does_not_have_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An editable installation is found by a hook, which the child does not have."""
+    elsewhere = [place for place in sys.path if not (Path(place) / "tide_mega").is_dir()]
+    monkeypatch.setattr(sys, "path", elsewhere)
+    assert load_tokenizer(tokenizer_file(tmp_path, {"</s>": 0, "a": 1}), "</s>").vocab_size == 2
 
 
 @pytest.mark.parametrize(

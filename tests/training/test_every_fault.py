@@ -158,7 +158,8 @@ def test_a_training_without_faults_shows_none_of_them(pools, tiny_data, tmp_path
 
 @pytest.mark.slow
 def test_a_killed_run_is_not_killed_again(tiny_data, tmp_path):
-    first, second = (train_alone(tiny_data, tmp_path, "faults.inject=[kill@5]") for _ in range(2))
+    words = ("faults.inject=[kill@5]", "checkpoint.asynchronous=false")  # step 3 is saved before the kill
+    first, second = (train_alone(tiny_data, tmp_path, *words) for _ in range(2))
     assert (first.ended, second.ended) == (-signal.SIGKILL, 0)
     assert "resumed from" in second.said and "has struck before in this run folder" in second.said
 

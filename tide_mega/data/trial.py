@@ -13,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import tide_mega
 from tide_mega.config.errors import ConfigError
 
 MOST_BYTES = 4 * 2**30
@@ -50,7 +51,7 @@ def try_tokenizer(path: Path, eos_token: str | None) -> None:
     if content in _passed:
         return
     words = [sys.executable, "-I", "-S", "-c", _PROGRAM]
-    words += [json.dumps(sys.path), json.dumps([str(path.resolve()), eos_token, MOST_BYTES, MOST_SECONDS])]
+    words += [json.dumps(_import_path()), json.dumps([str(path.resolve()), eos_token, MOST_BYTES, MOST_SECONDS])]
     try:
         done = subprocess.run(
             words,
@@ -65,6 +66,14 @@ def try_tokenizer(path: Path, eos_token: str | None) -> None:
     if done.returncode not in (0, _SAID):
         raise _refusal(path, _ending(done.returncode, done.stderr.decode(errors="replace")))
     _passed.add(content)
+
+
+def _import_path() -> list[str]:
+    """Return where the child finds modules: this process's path, and this package.
+
+    An editable installation may be found by a hook of `site`, which the child does not run, and not by the path.
+    """
+    return [*sys.path, str(Path(tide_mega.__file__).resolve().parents[1])]
 
 
 def _ending(status: int, said: str) -> str:
