@@ -38,19 +38,13 @@ EVALUATION_WAITS = {
         "sized by data",
     ): "labelled tokens alone are scored",
     ("tide_mega/metrics/sums.py:SumAndCount.reduced", "copy to host"): "the result, once an evaluation",
-    (
-        "tide_mega/training/evaluation.py:Evaluator._groups_of.<locals>.<listcomp>.<genexpr>",
-        "copy to device",
-    ): "its tokens",
+    ("tide_mega/training/evaluation.py:Evaluator._groups_of", "copy to device"): "its tokens",
 }
 
 SNAPSHOT_WAITS = {
     ("tide_mega/checkpoint/contents.py:Contents.snapshot", "synchronize"): "once, for all copies",
     ("tide_mega/memory/owned.py:OwnedTables.updates", "item"): "AdamW's count",
-    (
-        "tide_mega/parallel/optimizer_state.py:OptimizerState.updates.<locals>.<setcomp>",
-        "item",
-    ): "AdamW's count",
+    ("tide_mega/parallel/optimizer_state.py:OptimizerState.updates", "item"): "AdamW's count",
     (f"{STAGE_3}._get_fp32_opt_state_partition", "synchronize"): DEEPSPEED,
 }
 
@@ -63,7 +57,6 @@ DOUBLES = {
     f"{STAGE_3}.unscale_and_clip_grads": "the clip factor: one number",
     "tide_mega/kernels/vocab_loss/scores.py:_of_all_ranks": "ids beside scores: fp64 holds both exactly",
     "tide_mega/kernels/vocab_loss/scores.py:vocab_scores": "ids beside scores, four numbers a token",
-    "tide_mega/kernels/vocab_loss/scores.py:vocab_scores.<locals>.<listcomp>": "the same",
     "tide_mega/memory/owned.py:OwnedTables.square_norm": "a sum over rows: one number each",
     "tide_mega/memory/ranges.py:_squares": "one number a row",
     "tide_mega/memory/ranges.py:row_squares": "one number a row",
@@ -71,7 +64,6 @@ DOUBLES = {
     "tide_mega/memory/table_gradient.py:TableGradient.square_norms": "one number a block",
     "tide_mega/metrics/deciles.py:DecileLoss.update": "sums over an evaluation, one number a token",
     "tide_mega/metrics/deciles.py:NullWeight.update": "sums over an evaluation, one number a token and layer",
-    "tide_mega/metrics/deciles.py:NullWeight.update.<locals>.<listcomp>": "the same",
     "tide_mega/metrics/exact_deciles.py:ExactDecileLoss.update": "exact sums, one number a token",
     "tide_mega/metrics/sums.py:SumAndCount.reduced": "sums by decile",
     "tide_mega/metrics/sums.py:SumAndCount.reset": "sums by decile",

@@ -51,7 +51,10 @@ def try_tokenizer(path: Path, eos_token: str | None) -> None:
     if content in _passed:
         return
     words = [sys.executable, "-I", "-S", "-c", _PROGRAM]
-    words += [json.dumps(_import_path()), json.dumps([str(path.resolve()), eos_token, MOST_BYTES, MOST_SECONDS])]
+    words += [
+        json.dumps(_import_path()),
+        json.dumps([str(path.resolve()), eos_token, MOST_BYTES, MOST_SECONDS]),
+    ]
     try:
         done = subprocess.run(
             words,

@@ -89,6 +89,9 @@ class _Operations(TorchDispatchMode):
         _one_device(func, inputs)
         kwargs = _without_meta(name, kwargs)
         result = self._run(func, args, kwargs)
+        for made in _tensors(result):
+            if made.fake_device.type == "meta":  # by a kernel that takes its device from what C++ heard
+                made.fake_device = CUDA
         follow(func, args, kwargs, inputs, _tensors(result), result)
         self._note(func, name, args, kwargs, inputs, result)
         return result

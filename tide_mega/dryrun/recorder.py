@@ -4,6 +4,7 @@ A place in the code is named by file and function, as in "tide_mega/memory/plan.
 allowed places outlives the lines around them.
 """
 
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -110,11 +111,15 @@ def place() -> str:
     return library or "elsewhere"
 
 
+_WITHIN = re.compile(r"(\.<locals>)?\.<(listcomp|setcomp|dictcomp|genexpr)>")
+"""Comprehensions: a place is the function around them, in which Python 3.12 runs most of them."""
+
+
 def _name(code: CodeType) -> str | None:
     if code not in _names:
         _names[code] = next(
             (
-                f"{package}{code.co_filename.rsplit(package, 1)[1]}:{code.co_qualname}"
+                f"{package}{code.co_filename.rsplit(package, 1)[1]}:{_WITHIN.sub('', code.co_qualname)}"
                 for package in (*PACKAGES, *LIBRARIES)
                 if package in code.co_filename and not any(p in code.co_filename for p in PASSED_OVER)
             ),
