@@ -5,13 +5,13 @@
 # Settings, from the environment of sbatch:
 #   TIDE_HOME       checkout of the project; default: the folder sbatch was called in
 #   TIDE_CONTAINER  image for `srun --container-image` (pyxis); TIDE_MOUNTS adds mounts as src:dst,src:dst
-#   TIDE_VENV       virtual environment, where no container is given; default: $TIDE_HOME/.venv if there is one
+#   TIDE_VENV       virtual environment, if no container is given; default: $TIDE_HOME/.venv if it exists
 #   TIDE_RUN_NAME   name of the run folder; default: <experiment>-<job id>, which a requeued job keeps
-#   TIDE_IFNAME     network interface for NCCL's and gloo's sockets between nodes; default: gloo's is the one that leads
-#                   to the first node, and NCCL chooses, InfiniBand before others
-#   TRITON_CACHE_DIR, TORCHINDUCTOR_CACHE_DIR  of compiled kernels; default: folders of the node's own disk (task.sh)
-#   TIDE_WAIT_SECONDS  how long processes may go on after the first has ended; default 120
-#   TIDE_HEALTH     0 leaves out the check of the nodes before the run
+#   TIDE_IFNAME     network interface for NCCL's and gloo's sockets between nodes; default: gloo uses the one that
+#                   routes to the first node, and NCCL chooses, preferring InfiniBand
+#   TRITON_CACHE_DIR, TORCHINDUCTOR_CACHE_DIR  caches of compiled kernels; default: on the node's local disk (task.sh)
+#   TIDE_WAIT_SECONDS  how long the other processes may run after the first has ended; default 120
+#   TIDE_HEALTH     0 skips the check of the nodes before the run
 # and those of outcome.sh, which decides what follows when the processes have ended.
 set -euo pipefail
 
@@ -23,7 +23,7 @@ fail() {
 [[ -n "${SLURM_JOB_ID:-}" ]] ||
     fail "This is a SLURM job script: submit it with sbatch, or run 'torchrun -m tide_mega.train experiment=$EXPERIMENT' on one machine."
 
-# --- Where the project is: sbatch runs a copy of the script, so its own path tells nothing.
+# The project's folder: sbatch runs a copy of the script, so the script's own path does not help.
 home="${TIDE_HOME:-$SLURM_SUBMIT_DIR}"
 [[ -f "$home/tide_mega/train.py" && -f "$home/conf/config.yaml" ]] ||
     fail "No tide_mega checkout in $home: call sbatch in the checkout's folder or set TIDE_HOME."
@@ -31,9 +31,8 @@ cd "$home"
 # shellcheck source-path=SCRIPTDIR source=outcome.sh
 . "$home/slurm/outcome.sh"
 
-# --- Which Python.
-# A process that has ended leaves the others time to end as well: rank 0 may still be writing out its logs, and a
-# status that all agreed on would be lost. After that a dead process ends the job instead of hanging it.
+# The Python to run. When one process ends, the others get time to end as well: rank 0 may still be writing its logs,
+# and the status that all agreed on would be lost. After that, a dead process ends the job instead of hanging it.
 # Each process binds itself to the cores of its GPU's NUMA node (tide_mega.parallel.affinity): it must see all of them.
 launch=(srun --kill-on-bad-exit=0 "--wait=${TIDE_WAIT_SECONDS:-120}" --cpu-bind=none)
 if [[ -n "${TIDE_CONTAINER:-}" ]]; then
@@ -50,7 +49,7 @@ else
 fi
 export TIDE_PYTHON
 
-# --- GPUs: which cluster profile, and the demo where there are none.
+# The cluster profile by GPU; the demo without GPUs.
 gpus=0
 if command -v nvidia-smi >/dev/null && names="$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null)"; then
     gpus="$(grep -c . <<<"$names" || true)"
@@ -79,14 +78,14 @@ else
     cluster=local
 fi
 
-# --- Rendezvous. SLURM knows the address of a node even where its name does not resolve.
-TIDE_NODES="$(scontrol show hostnames "$SLURM_JOB_NODELIST")" || # in the order of the ranks, one a line
+# Rendezvous. SLURM knows a node's address even if its name does not resolve.
+TIDE_NODES="$(scontrol show hostnames "$SLURM_JOB_NODELIST")" || # in rank order, one per line
     fail "scontrol does not name the nodes of $SLURM_JOB_NODELIST: ask whoever runs this cluster."
 head_node="${TIDE_NODES%%$'\n'*}"
 export TIDE_NODES="${TIDE_NODES//$'\n'/ }"
 MASTER_ADDR="$(scontrol show node "$head_node" 2>/dev/null | grep -o 'NodeAddr=[^ ]*' | cut -d= -f2 || true)"
 MASTER_ADDR="${MASTER_ADDR:-$head_node}"
-# Below the ephemeral range; another port after a requeue, since the last one may linger.
+# Below the ephemeral range; a different port after a requeue, since the last one may linger.
 MASTER_PORT="$((20000 + (SLURM_JOB_ID + 131 * ${SLURM_RESTART_COUNT:-0}) % 12000))"
 if ((SLURM_JOB_NUM_NODES == 1)) || [[ "$MASTER_ADDR" == 127.* ]]; then
     MASTER_ADDR=127.0.0.1
@@ -96,14 +95,14 @@ elif [[ -n "${TIDE_IFNAME:-}" ]]; then
 fi
 export MASTER_ADDR MASTER_PORT
 
-# --- When the time limit strikes, which the training wants to know; empty where there is none.
+# The end of the time limit, for the training; empty if there is none.
 if [[ -z "${SLURM_JOB_END_TIME:-}" ]]; then
-    # Of an empty text `date` would make the last midnight.
+    # From an empty string `date` would make the last midnight.
     SLURM_JOB_END_TIME="$(end="$(job_field EndTime)" && date -d "${end:-unknown}" +%s 2>/dev/null || true)"
     export SLURM_JOB_END_TIME
 fi
 
-# --- Libraries.
+# Settings of libraries.
 export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
 export TORCH_NCCL_ASYNC_ERROR_HANDLING=1 # a dead peer ends the job instead of hanging it
 export CUDA_DEVICE_MAX_CONNECTIONS=1     # Megatron's tensor parallelism overlaps only in this order
@@ -112,15 +111,15 @@ export PYTHONUNBUFFERED=1
 export TIDE_RUN_NAME="${TIDE_RUN_NAME:-$EXPERIMENT-$SLURM_JOB_ID}"
 [[ ! "$TIDE_RUN_NAME" =~ [[:cntrl:]] ]] ||
     fail "TIDE_RUN_NAME=$(printf %q "$TIDE_RUN_NAME") cannot be a folder's name: leave the control characters out."
-export TIDE_SICK_LIST="$home/.sick-nodes-$SLURM_JOB_ID" # one a line, written by tide_mega.health
+export TIDE_SICK_LIST="$home/.sick-nodes-$SLURM_JOB_ID" # one per line, written by tide_mega.health
 echo "Job $SLURM_JOB_ID (restart ${SLURM_RESTART_COUNT:-0}): $SLURM_NTASKS process(es) on $SLURM_JOB_NUM_NODES" \
     "node(s), rendezvous at $MASTER_ADDR:$MASTER_PORT, run folder name $TIDE_RUN_NAME."
 
-# The user's overrides come last: they win over these.
+# The user's overrides come last, so they take precedence.
 words=("experiment=$EXPERIMENT" "cluster=$cluster" "run.name=$TIDE_RUN_NAME" "$@")
 status=0
 if [[ "${TIDE_HEALTH:-1}" != 0 ]]; then
-    # Its own port: the training's must not be lingering when it starts.
+    # A separate port: the training's must not linger when the training starts.
     health_port="$((20000 + (MASTER_PORT - 20000 + 6000) % 12000))"
     MASTER_PORT="$health_port" run_step "${launch[@]}" bash "$home/slurm/task.sh" tide_mega.health "${words[@]}"
 fi

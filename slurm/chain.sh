@@ -6,8 +6,8 @@
 #   slurm/chain.sh 10 --time=24:00:00 slurm/tide_1b.sh optim.lr=2e-4
 #
 # The links share one run folder (TIDE_RUN_NAME; default: the script's name and the time) and one log, <run name>.log.
-# A link that completes the run, or fails in a way that the next would too, cancels the rest: those of this call alone,
-# which bear a mark of their own in the jobs' comment.
+# A link that completes the run, or fails in a way that the next would too, cancels the remaining links of this call,
+# which are identified by a mark in the jobs' comment.
 set -euo pipefail
 
 usage="Usage: $0 N [sbatch option ...] SCRIPT [override ...], options written as --name=value"
@@ -27,16 +27,16 @@ done
 [[ -f "${1:-}" ]] || fail "No job script $(printf %q "${1:-given}"). $usage"
 
 TIDE_RUN_NAME="${TIDE_RUN_NAME:-$(basename "$1" .sh)-$(date +%Y%m%d-%H%M%S)}"
-# It becomes a folder's name and the log's: said here, not by the first link after days in the queue.
+# It becomes the name of a folder and of the log: checked here, not by the first link after days in the queue.
 [[ "$TIDE_RUN_NAME" =~ [^[:space:]] && ! "$TIDE_RUN_NAME" =~ [/\\[:cntrl:]] && ! "$TIDE_RUN_NAME" =~ ^\.\.?$ ]] ||
     fail "TIDE_RUN_NAME=$(printf %q "$TIDE_RUN_NAME") cannot be a folder's name: no separators, no control characters."
 
-# The name for whoever reads the queue, and what no other chain has, this user's of the same name included.
+# The name, for readers of the queue, plus a unique suffix: another chain of this user may have the same name.
 TIDE_CHAIN="$TIDE_RUN_NAME-$(od -An -N4 -tx1 /dev/urandom | tr -d ' \n')"
 export TIDE_CHAIN TIDE_RUN_NAME
 previous=""
 for ((link = 1; link <= count; link++)); do
-    # sbatch puts other text in the place of a log's %.
+    # sbatch expands % in a log's name.
     if ! job="$(sbatch --parsable --comment="tide-chain:$TIDE_CHAIN" --output="${TIDE_RUN_NAME//%/%%}.log" \
         ${previous:+--dependency=afterany:$previous} "${options[@]}" "$@")"; then
         echo "SLURM did not take link $link of $count; the links before it, if any, stay in the queue." >&2

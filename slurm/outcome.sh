@@ -1,32 +1,32 @@
 # shellcheck shell=bash
-# Runs a job's steps and decides what follows: the end, another start of this job, or the next link of a chain.
+# Runs a job's steps and decides what follows: the end, a restart of this job, or the next link of a chain.
 #
-# Exit statuses of the processes (tide_mega/config/exits.py):
+# Exit statuses of the processes (tide_mega/errors.py):
 #   0           the run is complete
-#   2, 3, 4, 5  configuration, data, divergence, a sick node: another start would end the same way
-#   7, 8        another process is at work in the run folder, points of a sweep failed: likewise
-#   75          stopped when asked to, checkpoint written: another start
-#   the rest    no checkpoint could be written or read (6), hung (76), killed, or failed: another start, unless this
-#               one failed within TIDE_CRASH_MINUTES, when the next would probably fail in the same place
+#   2, 3, 4, 5  configuration, data, divergence, a sick node: a restart would end the same way
+#   7, 8        another process uses the run folder, points of a sweep failed: likewise
+#   75          stopped on request, checkpoint written: restart
+#   others      no checkpoint could be written or read (6), hung (76), killed, or failed: restart, unless this start
+#               failed within TIDE_CRASH_MINUTES, since the next would probably fail in the same place
 #
 # Settings, from the environment of sbatch:
-#   TIDE_MAX_RESTARTS   how often SLURM may start the job again; default 100
+#   TIDE_MAX_RESTARTS   how often SLURM may restart the job; default 100
 #   TIDE_CRASH_MINUTES  default 10
 
 say() { printf '%s %s\n' "$(date +%H:%M:%S)" "$*"; }
 
-# A field of this job, as scontrol shows it; nothing where SLURM does not answer, which must not end the job.
+# Prints a field of this job, as scontrol shows it; nothing if SLURM does not answer, which must not end the job.
 job_field() {
     local shown
     shown="$(scontrol --oneliner show job "$SLURM_JOB_ID" 2>/dev/null)" || return 0
     [[ " $shown" =~ " $1="([^ ]*) ]] && printf '%s\n' "${BASH_REMATCH[1]}" || true
 }
 
-asked=0       # whether SIGUSR1 came
-interrupted=0 # whether a signal came, which ends `wait` early
-step=""       # process id of the command that runs
+asked=0       # whether SIGUSR1 was received
+interrupted=0 # whether a signal was received, which ends `wait` early
+step=""       # process id of the running command
 
-# From here on, so that one that comes before the processes are started neither kills this shell nor is lost.
+# Set here, so that a signal before the processes are started neither kills this shell nor is lost.
 trap 'asked=1 interrupted=1; pass_on' USR1
 
 pass_on() {
@@ -38,10 +38,10 @@ pass_on() {
     fi
 }
 
-# Runs a command, passes SIGUSR1 on to it, and leaves its exit status in `status`: 138, as of a command that SIGUSR1
-# ended, where it came before.
+# Runs a command, forwards SIGUSR1 to it, and leaves its exit status in `status`; 138, as for a command killed by
+# SIGUSR1, if the signal came before.
 #
-# SIGTERM comes to the tasks straight from SLURM (cancelled, preempted, time limit): this shell only has to live on.
+# SLURM sends SIGTERM to the tasks directly (cancelled, preempted, time limit): this shell only has to survive it.
 run_step() {
     local code
     status=138
@@ -49,13 +49,13 @@ run_step() {
     trap 'interrupted=1' TERM
     "$@" &
     step=$!
-    ((asked == 0)) || pass_on # it came between the two lines
+    ((asked == 0)) || pass_on # the signal came between the two lines
     status=""
     interrupted=1
     while ((interrupted)); do
         interrupted=0
         wait "$step" && code=0 || code=$?
-        [[ "$code" == 127 && -n "$status" ]] || status="$code" # 127: it had ended when the signal came
+        [[ "$code" == 127 && -n "$status" ]] || status="$code" # 127: the command had ended when the signal came
     done
     step=""
 }
@@ -90,7 +90,7 @@ finish() {
         5) name_sick_nodes "$what" ;;
         75) start_again "$what" ;;
         *)
-            if ((asked)); then # it came while the processes were starting
+            if ((asked)); then # SIGUSR1 came while the processes were starting
                 start_again "stopped before it could save"
             elif ((SECONDS < 60 * ${TIDE_CRASH_MINUTES:-10})); then
                 say "Exit status $status: $what after $SECONDS s, so soon that another start would probably fail in" \
@@ -102,7 +102,7 @@ finish() {
     esac
 }
 
-# Requeues the job, because of $1; with the next link of a chain waiting, leaves the rest to it.
+# Requeues the job, with $1 as the reason; if the next link of a chain is waiting, leaves the rest to it.
 start_again() {
     local count="${SLURM_RESTART_COUNT:-0}" most="${TIDE_MAX_RESTARTS:-100}" problem links
     if [[ -n "${TIDE_CHAIN:-}" && "$status" == 75 ]]; then
@@ -127,8 +127,8 @@ start_again() {
     exit "$status"
 }
 
-# Says which nodes the check called sick. SLURM does not let a running job change the nodes it excludes, and kills this
-# shell when it requeues the job, so leaving them out is up to the user.
+# Names the nodes that failed the check. SLURM does not let a running job change its excluded nodes, and kills this
+# shell when it requeues the job, so excluding them is up to the user.
 name_sick_nodes() {
     local nodes
     nodes="$(paste -sd, "$TIDE_SICK_LIST" 2>/dev/null || true)"
@@ -137,8 +137,8 @@ name_sick_nodes() {
     exit "$status"
 }
 
-# Jobs of this user and this chain that have not started, one a line; fails where squeue does. The mark of a chain is all
-# of the comment, blanks included.
+# Prints the jobs of this user and this chain that have not started, one per line; fails if squeue does. The chain's
+# mark is the whole comment, spaces included.
 waiting_links() {
     local queue job
     [[ -n "${TIDE_CHAIN:-}" ]] || return 0
@@ -148,8 +148,8 @@ waiting_links() {
     done <<<"$queue"
 }
 
-# Cancels the links for which nothing is left to do. What SLURM does not let be cancelled changes nothing about how this
-# job ended: such a link starts, finds the run complete (or fails as this job did), and ends.
+# Cancels the links that have nothing left to do. If SLURM refuses, this job's outcome is unaffected: such a link
+# starts, finds the run complete (or fails as this job did), and ends.
 drop_links() {
     local list links problem
     [[ -n "${TIDE_CHAIN:-}" ]] || return 0

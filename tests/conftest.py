@@ -9,10 +9,10 @@ from hypothesis import settings
 from tests.support.interpreter import Interpreter
 from tests.support.package_log import package_log_kept
 from tests.support.runs import tiny, train_here
-from tide_mega.bench.own_text import prepare_own_text
+from tide_mega.lab.bench.text import prepare_own_text
+from tide_mega.lab.parity.pool import WorkerPool
 from tide_mega.parallel.device import Device, choose_device
 from tide_mega.parallel.groups import World, start_distributed, stop_distributed
-from tide_mega.parity.pool import WorkerPool
 
 # What a case takes says how busy the machine is, and nothing about the code.
 settings.register_profile("untimed", deadline=None)

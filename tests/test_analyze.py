@@ -1,14 +1,14 @@
 """The entry point on tiny trainings, whole."""
 
-import html
 import json
 
+import markupsafe
 import pytest
 
 from tests.support.package_log import package_log_kept
 from tide_mega.analyze import main
-from tide_mega.diagnostics.registry import DIAGNOSTICS
-from tide_mega.jobs.folder_lock import FolderLock
+from tide_mega.jobs.lock import FolderLock
+from tide_mega.lab.figures.registry import DIAGNOSTICS
 
 NAMED = r"TIDE $\frac$ <i>"
 """A name that means something to what draws and to browsers, and is shown as it is typed."""
@@ -36,7 +36,7 @@ def test_every_diagnostic_has_data_figures_and_a_place_in_the_report(analysed):
             continue
         section = json.loads((analysed / diagnostic.name / "section.json").read_text())
         assert section["findings"] and section["tables"] and section["figures"], diagnostic.name
-        assert f'<section id="{diagnostic.name}"><h2>{html.escape(diagnostic.title)}<small>' in page
+        assert f'<section id="{diagnostic.name}"><h2>{markupsafe.escape(diagnostic.title)}<small>' in page
         for name, table in section["tables"].items():
             lines = (analysed / diagnostic.name / f"{name}.csv").read_text().splitlines()
             assert len(lines) > len(table["rows"]) > 0, (diagnostic.name, name)

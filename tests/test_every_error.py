@@ -9,18 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from tide_mega.config.errors import StatedError
-from tide_mega.config.exits import Exit
-from tide_mega.config.pipe import tool_entry
-from tide_mega.training import console
+from tide_mega.config.command_line import tool_entry
+from tide_mega.errors import Exit, StatedError
+from tide_mega.run import console
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted([*(ROOT / "tide_mega").rglob("*.py"), *(ROOT / "tools").rglob("*.py")])
 CAUGHT_INSIDE = {
-    "DamagedStreamError": "tide_mega/data/documents.py",
-    "DamagedFileError": "tide_mega/data/documents.py",
-    "_DamageError": "tide_mega/dashboard/blocks.py",
-    "SkippedError": "tide_mega/diagnostics/make.py",
+    "DamagedStreamError": "tide_mega/data/prepare/documents.py",
+    "DamagedFileError": "tide_mega/data/prepare/documents.py",
+    "_DamageError": "tide_mega/lab/dashboard/offline.py",
+    "SkippedError": "tide_mega/lab/figures/make.py",
     "TooLongError": "tools/fuzz_inputs.py",
     "RowError": "tide_mega/export/export.py",
     "SidecarError": "tide_mega/inference/folder.py",
@@ -29,9 +28,9 @@ CAUGHT_INSIDE = {
 """Errors that no entry point sees, and the file that catches them."""
 OWN_PROTOCOL = {
     "tools/bench_memory_worker.py",
-    "tide_mega/bench/mix_peak.py",
-    "tide_mega/bench/step_peak.py",
-    "tide_mega/bench/decode_disk.py",
+    "tide_mega/lab/bench/mix.py",
+    "tide_mega/lab/bench/step_measure.py",
+    "tide_mega/lab/bench/decode_disk.py",
 }
 """Programs that only the project's own programs start, and which report to these."""
 
@@ -115,7 +114,7 @@ def fails_in_training(fails):
 
 WITH_CONFIGURATION = """
 from tide_mega.config.hydra_door import hydra_entry
-from tide_mega.data.errors import DataError
+from tide_mega.errors import DataError
 
 def main(config):
     raise DataError("what was wrong, where, and what to do")

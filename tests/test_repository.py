@@ -30,13 +30,13 @@ DOORS = {
     "hydra": {"tide_mega/config/hydra_door.py"},
     "webdataset": {"tide_mega/data/shards.py"},
     "wandb": {
-        "tide_mega/training/wandb_logger.py",
-        "tide_mega/dashboard/offline.py",
-        "tide_mega/dashboard/workspace.py",
+        "tide_mega/training/loggers.py",
+        "tide_mega/lab/dashboard/offline.py",
+        "tide_mega/lab/dashboard/workspace.py",
     },
-    "wandb_workspaces": {"tide_mega/dashboard/workspace.py"},
-    "lm_eval": {"tide_mega/evaluation/harness.py"},
-    "transformers": {"tide_mega/hf/", "tide_mega/bench/decode_peers.py"},
+    "wandb_workspaces": {"tide_mega/lab/dashboard/workspace.py"},
+    "lm_eval": {"tide_mega/lab/zero_shot/harness.py"},
+    "transformers": {"tide_mega/hf/", "tide_mega/lab/bench/decode_peers.py"},
     "triton": {"tide_mega/kernels/"},
 }
 
@@ -90,14 +90,14 @@ def test_omegaconf_is_met_in_the_door_and_for_missing_alone():
 ENTRIES = ["train", "evaluate", "analyze", "generate", "demo", "health.__main__", "export.__main__"]
 
 
-@pytest.mark.parametrize("module", [*ENTRIES, "config.hydra_door", "diagnostics.registry"])
+@pytest.mark.parametrize("module", [*ENTRIES, "config.hydra_door", "lab.figures.registry"])
 def test_help_and_a_wrong_key_do_not_wait_for_torch(module):
     code = f"import sys, tide_mega.{module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
 START_WITH_NVCC_AND_WITHOUT_GPU = """
-from tide_mega.config.noise import hush_libraries
+from tide_mega.config.command_line import hush_libraries
 hush_libraries()
 import sys, torch
 import tide_mega.training.trainer
@@ -129,7 +129,7 @@ def test_libraries_are_hushed_before_they_are_imported(tmp_path):
 
 def test_what_libraries_log_as_a_warning_is_left_out():
     code = (
-        "import logging; from tide_mega.config.noise import hush_libraries as hush; hush()\n"
+        "import logging; from tide_mega.config.command_line import hush_libraries as hush; hush()\n"
         "for name in ('megatron.core.models.gpt.gpt_model', 'torch.utils.cpp_extension', 'megatron.core.other'):\n"
         "    logging.getLogger(name).warning('%s', name)"
     )

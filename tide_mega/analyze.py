@@ -5,31 +5,29 @@
     python -m tide_mega.analyze run=base=runs/a,TIDE=runs/b texts=wikitext2.txt,pubmed.txt out=report
 
 Reads checkpoints of any topology and runs their models in this one process, on a GPU if there is one. Writes a
-folder a diagnostic (JSON, CSV, PNG, SVG) and report.html. Interrupted, the same command continues.
+folder per diagnostic (JSON, CSV, PNG, SVG) and report.html. After an interruption the same command continues.
 
 Diagnostics:
-
 """
 
 import logging
 import sys
 from pathlib import Path
 
-from tide_mega.config.errors import ConfigError
+from tide_mega.config.command_line import hush_libraries, tool_entry
 from tide_mega.config.hydra_door import parse_tool_cli
-from tide_mega.config.noise import hush_libraries
-from tide_mega.config.pipe import tool_entry
-from tide_mega.diagnostics.options import AnalyzeOptions
+from tide_mega.errors import ConfigError
+from tide_mega.lab.figures.registry import AnalyzeOptions
 
 log = logging.getLogger("tide_mega.analyze")
 
 
 def main(arguments: list[str]) -> int:
-    """Analyse; return the exit status, 1 where a diagnostic failed."""
+    """Run the analysis; return the exit status, 1 if a diagnostic failed."""
     hush_libraries()
     options = parse_tool_cli(AnalyzeOptions, arguments, doc=_help())
-    # Imported late: a wrong key should not wait for megatron-core.
-    from tide_mega.training.console import exit_on_run_error, set_up_logging
+    # Imported late, so that a wrong key is reported without waiting for megatron-core.
+    from tide_mega.run.console import exit_on_run_error, set_up_logging
 
     set_up_logging()
     with exit_on_run_error():
@@ -37,16 +35,16 @@ def main(arguments: list[str]) -> int:
 
 
 def analyze(options: AnalyzeOptions) -> int:
-    """Make the diagnostics that the options choose; return the exit status.
+    """Make the chosen diagnostics; return the exit status.
 
     Raises:
         ConfigError: a run, a name or a value cannot be used.
         FolderTakenError: another process is at work in `out`.
     """
-    from tide_mega.diagnostics.analysis import Analysis
-    from tide_mega.diagnostics.make import REPORT_FILE, make
-    from tide_mega.diagnostics.registry import chosen
-    from tide_mega.jobs.folder_lock import FolderLock
+    from tide_mega.jobs.lock import FolderLock
+    from tide_mega.lab.figures.analysis import Analysis
+    from tide_mega.lab.figures.make import REPORT_FILE, make
+    from tide_mega.lab.figures.registry import chosen
     from tide_mega.parallel.device import choose_device, set_threads
     from tide_mega.parallel.groups import World, start_distributed, stop_distributed
 
@@ -83,7 +81,7 @@ def _check(options: AnalyzeOptions) -> None:
 
 
 def _help() -> str:
-    from tide_mega.diagnostics.registry import listing
+    from tide_mega.lab.figures.registry import listing
 
     return f"{__doc__}{listing()}"
 

@@ -1,12 +1,12 @@
-"""The main job on one machine: train the baseline and a TIDE model on real text and compare them by frequency.
+"""The whole workflow on one machine: trains the baseline and a TIDE model, and compares them by frequency.
 
     python -m tide_mega.demo [key=value ...]
 
 Prepares the running Python's standard library as a dataset (once), trains `experiment=demo_base` and
-`experiment=demo_tide` one after the other on the same tokens in the same order, and ends with the held-out loss
-of each frequency decile as a table, a picture and JSON in runs/demo. Minutes on two CPU cores. Interrupted, the
-same command continues. Overrides go to both trainings, for example `trainer.max_steps=200`; with `data.path` of
-a dataset made by tools/prepare_data.py it trains on that.
+`experiment=demo_tide` one after the other on the same tokens in the same order, and ends with the held-out loss of
+each frequency decile as a table, a picture and JSON in runs/demo. Takes minutes on two CPU cores. After an
+interruption the same command continues. Overrides apply to both trainings, for example `trainer.max_steps=200`;
+with `data.path` set to a dataset made by tools/prepare_data.py, it trains on that.
 """
 
 import subprocess
@@ -14,9 +14,8 @@ import sys
 import time
 from pathlib import Path
 
+from tide_mega.config.command_line import hush_libraries, tool_entry
 from tide_mega.config.hydra_door import compose
-from tide_mega.config.noise import hush_libraries
-from tide_mega.config.pipe import tool_entry
 from tide_mega.config.schema import TideConfig
 
 LABELS = {"baseline": "demo_base", "TIDE": "demo_tide"}
@@ -46,9 +45,9 @@ def main(arguments: list[str]) -> int:
 
 
 def prepare_text(config: TideConfig) -> None:
-    """Make the demo's dataset, unless there is one where the configuration says."""
-    from tide_mega.data.options import PrepareOptions
-    from tide_mega.data.prepare import prepare
+    """Prepare the demo's dataset, unless it exists at the configured path."""
+    from tide_mega.data.prepare.options import PrepareOptions
+    from tide_mega.data.prepare.pipeline import prepare
 
     if (Path(config.data.path) / "index.json").exists():
         return
@@ -63,9 +62,9 @@ def prepare_text(config: TideConfig) -> None:
 
 
 def report(configs: dict[str, TideConfig]) -> None:
-    """Compare the last evaluations; print the table and write it, the picture and the data."""
+    """Compare the last evaluations; print the table, and write table, figure and data."""
     from tide_mega.data.frequency import DecileTable
-    from tide_mega.diagnostics.deciles.comparison import compare_runs
+    from tide_mega.lab.figures.decile_comparison import compare_runs
 
     first = next(iter(configs.values()))
     folders = {label: Path(config.run.root) / config.run.name for label, config in configs.items()}

@@ -1,12 +1,12 @@
-"""Zero-shot evaluation of checkpoints: the paper's Table 2, by lm-evaluation-harness.
+"""Zero-shot evaluation of checkpoints with lm-evaluation-harness: the paper's Table 2.
 
     python -m tide_mega.evaluate run=runs/demo-k0,runs/demo-k4
     python -m tide_mega.evaluate run=runs/demo-k4 tasks=arc_easy,piqa local=<folder of JSONL files> limit=200
     torchrun --nproc-per-node=8 -m tide_mega.evaluate run=runs/tide_8e_1b tensor=2 precision=bf16
 
-Prints a table with standard errors and chance, and leaves zero_shot.json, .csv, .txt and .png in `out`. Tasks
-whose data cannot be had are named and left out. Started again, it computes only what the JSON does not have.
-Needs `pip install 'tide_mega[eval]'`.
+Prints a table with standard errors and chance, and writes zero_shot.json, .csv, .txt and .png to `out`. Tasks
+whose data is unavailable are named and left out. Started again, it computes only what the JSON lacks. Needs `pip
+install 'tide_mega[eval]'`.
 """
 
 import logging
@@ -14,26 +14,23 @@ import os
 import sys
 from typing import Any
 
-from tide_mega.config.errors import StatedError, of_the_place
-from tide_mega.config.exits import Exit
+from tide_mega.config.command_line import hush_libraries, tool_entry
 from tide_mega.config.hydra_door import parse_tool_cli
-from tide_mega.config.noise import hush_libraries
-from tide_mega.config.pipe import tool_entry
-from tide_mega.config.urls import without_credentials
-from tide_mega.evaluation.options import EvaluateOptions
+from tide_mega.errors import Exit, StatedError, of_the_place, without_credentials
+from tide_mega.lab.zero_shot.options import EvaluateOptions
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Evaluate; return the exit status."""
+    """Run the evaluation; return the exit status."""
     options: Any = parse_tool_cli(EvaluateOptions, arguments, doc=__doc__ or "")
     hush_libraries()
     # Imported late: `--help` and a wrong key should not wait for torch and megatron-core.
-    from tide_mega.evaluation.output import as_text
-    from tide_mega.evaluation.session import evaluate
+    from tide_mega.lab.zero_shot.output import as_text
+    from tide_mega.lab.zero_shot.session import evaluate
     from tide_mega.parallel.affinity import take_cores
     from tide_mega.parallel.device import choose_device
     from tide_mega.parallel.groups import World, start_distributed, stop_distributed
-    from tide_mega.training.console import set_up_logging
+    from tide_mega.run.console import set_up_logging
 
     set_up_logging()
     world = World.from_environment()
@@ -56,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _end(processes: int, error: Exception, status: int) -> int:
-    """Say why and end; among several processes at once, since the others may wait for this one."""
+    """Print why and end; with several processes immediately, since the others may wait for this one."""
     rank = os.environ.get("RANK", "0")
     sentence = without_credentials(str(error))
     print(f"rank {rank}: {sentence}" if processes > 1 else sentence, file=sys.stderr, flush=True)

@@ -1,32 +1,30 @@
-"""Text from an exported folder.
+"""Generates text from an exported folder.
 
     python -m tide_mega.generate model=hf/ prompt="The import statement"
     python -m tide_mega.generate model=hf/ prompt="def " max_tokens=200 temperature=0.8 top_p=0.95 seed=1
     python -m tide_mega.generate model=hf/ prompts=prompts.txt batch=8 > answers.jsonl
     python -m tide_mega.generate model=hf/ memory=disk cache=0.05 < prompts.jsonl
 
-Writes the answer alone to standard output as it comes, and at the end to standard error how fast it was and what
-was read of the memory. Needs no transformers.
+Writes only the answer to standard output, as it is generated, and at the end the speed and what was read of the
+memory to standard error. Needs no transformers.
 
-Of a file of prompts or standard input each line is a prompt, or a JSON object with `prompt` and any of max_tokens,
-temperature, top_k, top_p, seed and stop; blank lines are passed over. Each answer is a JSON line: line (a number),
-prompt, text, finish (eos, stop or length), prompt_tokens, tokens and seed; or line and error.
+In a file of prompts, or on standard input, each line is a prompt, or a JSON object with `prompt` and any of
+max_tokens, temperature, top_k, top_p, seed and stop; blank lines are skipped. Each answer is a JSON line: line (a
+number), prompt, text, finish (eos, stop or length), prompt_tokens, tokens and seed; or line and error.
 
-Exit status: 0; 1 logits that are no numbers, or a memory that cannot be read any more; 2 a wrong argument; 3 a
-folder that cannot be used, or prompts that could not be answered (the others were); 130 after Ctrl-C; 141 where
-nobody reads.
+Exit status: 0 success; 1 logits are not numbers, or the memory can no longer be read; 2 a wrong argument; 3 the
+folder is unusable, or some prompts could not be answered (the others were); 130 after Ctrl-C; 141 when the reader
+of standard output has gone.
 """
 
 import sys
 from itertools import islice
 from typing import Any
 
-from tide_mega.config.errors import ConfigError
-from tide_mega.config.exits import Exit
+from tide_mega.config.command_line import hush_libraries, tool_entry
 from tide_mega.config.huge_pages import use_huge_pages
 from tide_mega.config.hydra_door import parse_tool_cli
-from tide_mega.config.noise import hush_libraries
-from tide_mega.config.pipe import tool_entry
+from tide_mega.errors import ConfigError, Exit
 from tide_mega.inference.options import GenerateOptions, check
 
 INTERRUPTED = 128 + 2
@@ -35,7 +33,7 @@ _LONGEST = 4096
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Generate; return the exit status."""
+    """Run the generation; return the exit status."""
     options: Any = parse_tool_cli(GenerateOptions, arguments, doc=__doc__ or "")
     check(options)
     try:
@@ -52,7 +50,7 @@ def generate(options: GenerateOptions) -> int:
         ConfigError: an argument is wrong.
         FolderError: the folder cannot be used.
         RequestError: `prompt` cannot be answered.
-        GenerationError: text cannot go on.
+        GenerationError: generation cannot continue.
     """
     hush_libraries()
     use_huge_pages()

@@ -3,12 +3,12 @@
     python tools/bench_checkpoint.py
     python tools/bench_checkpoint.py experiment=demo_tide processes=1 saves=5
 
-Trains the model of an experiment (the demo's, by default) on this machine with the real engine, on its own
-sources as text, in three variants that take turns: without saves, with asynchronous and with synchronous ones.
+Trains the model of an experiment (the demo's, by default) on this machine with the real engine, on the package's
+own sources as text, in three variants that take turns: without saves, with asynchronous and with synchronous ones.
 
-Columns: `stall` is how long `save` keeps the training thread; `steps beside` is by how much the steps are longer
-while a thread writes (0 when synchronous); `share` is both together over the time of a step, `every 1000` the same
-where a checkpoint is written every 1,000 steps. `written` counts from the snapshot to the committed manifest.
+Columns: `stall` is the time that `save` keeps the training thread; `steps beside` the time by which steps are
+longer while a thread writes (0 when synchronous); `share` the sum of both over the time of a step; `every 1000`
+the same for a checkpoint every 1,000 steps. `written` counts from the snapshot to the committed manifest.
 """
 
 import logging
@@ -21,12 +21,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tide_mega.bench.own_text import prepare_own_text
-from tide_mega.config.errors import ConfigError
+from tide_mega.config.command_line import tool_entry
 from tide_mega.config.hydra_door import compose, parse_tool_cli
-from tide_mega.config.pipe import tool_entry
 from tide_mega.config.schema import TideConfig
-from tide_mega.parity.pool import WorkerPool
+from tide_mega.errors import ConfigError
+from tide_mega.lab.bench.text import prepare_own_text
+from tide_mega.lab.parity.pool import WorkerPool
 
 VARIANTS = ("none", "asynchronous", "synchronous")
 
@@ -38,7 +38,7 @@ class Options:
     experiment: str = "demo_tide"
     processes: int = 1
     saves: int = 3
-    """Of each variant."""
+    """Saves per variant."""
     between: int = 4
     """Steps after a save, before the next."""
     overrides: list[str] = field(default_factory=list)
@@ -49,7 +49,7 @@ class Options:
 
 @dataclass
 class Reading:
-    """One save, or as many steps without one."""
+    """One save with the steps after it, or as many steps without a save."""
 
     stall: float
     steps: list[float]
@@ -59,10 +59,10 @@ class Reading:
 
 
 def measure(config: TideConfig, saves: int, between: int) -> dict[str, list[Reading]]:
-    """Train in a pool's worker and save in turn; return this rank's readings by variant."""
+    """Train in a pool's worker, variants taking turns; return this rank's readings by variant."""
     import torch
 
-    from tide_mega.model.passes import compute_gradients
+    from tide_mega.model.steps import compute_gradients
     from tide_mega.parallel.groups import World
     from tide_mega.training.trainer import Trainer
 
@@ -93,7 +93,7 @@ def measure(config: TideConfig, saves: int, between: int) -> dict[str, list[Read
                 trainer.checkpoints.wait()
                 if variant != "none" and (written := trainer.checkpoints.last_written) is not None:
                     reading.written, reading.size = written.seconds, written.size
-                if turn:  # the first of each makes buffers
+                if turn:  # the first of each allocates buffers
                     readings[variant].append(reading)
         return readings
     finally:
@@ -111,7 +111,7 @@ def table(readings: dict[str, list[Reading]]) -> list[str]:
     for variant in VARIANTS[1:]:
         of = readings[variant]
         stall = statistics.median(reading.stall for reading in of)
-        # Turn by turn, since other work on the machine comes and goes.
+        # Compared turn by turn, since the load of the machine varies.
         pairs = zip(of, readings["none"], strict=True)
         beside = max(0.0, statistics.median(sum(one.steps) - sum(two.steps) for one, two in pairs))
         share = (stall + beside) / plain

@@ -1,21 +1,21 @@
-"""Time of a decoded token by K, side by side: tables in memory and on disk, and others' Llama without memory.
+"""Time per decoded token by K, side by side: tables in memory and on disk, and other Llamas without memory.
 
     python tools/bench_decode.py
     python tools/bench_decode.py dtype=bf16 blocks=8,24 batches=1 turns=40 out=decode.json
     python tools/bench_decode.py peers=[] disk=false
 
-All decoders of a batch size share one base model of random weights and take turns, a token each, in an order
-that rotates; tokens are drawn by Zipf's law. `cpu` is the CPU time of a step, all threads together, `wall` its
-duration, medians over the turns; `x K=0` is the median of the ratios to K = 0 within a turn, with the quartiles
-behind it. On a machine that others use, compare CPU times and ratios. A table in memory has `rows` rows, beyond
-any cache of the processor. `int8 weights` are K = 0 with weights=int8.
+All decoders of a batch size share one base model of random weights and take turns, a token each, in an order that
+rotates; tokens are drawn by Zipf's law. `cpu` is the CPU time of a step, summed over threads, `wall` its duration;
+both are medians over the turns. `x K=0` is the median of the ratios to K = 0 within a turn, followed by the
+quartiles. On a shared machine, compare CPU times and ratios. A table in memory has `rows` rows, more than any
+processor cache holds. `int8 weights` are K = 0 with weights=int8.
 
-`disk` is int4 rows of the whole vocabulary in a file, with a cache of 5 % that earlier tokens have filled. `cold`
-is a prompt of different tokens, the file dropped from the system's memory before; `resident` what a fresh process
-holds after some tokens, against K = 0 and the cache that it may fill. Both need Linux.
+`disk` is a file of int4 rows for the whole vocabulary, with a cache of 5 % that earlier tokens have filled. `cold`
+is a prompt of distinct tokens, after the file was dropped from the page cache; `resident` is what a fresh process
+holds after some tokens, against K = 0 plus the most its cache may hold. Both need Linux.
 
-Peers are used where they are installed: transformers' Llama (one of the turns), and llama.cpp (xllamacpp and gguf;
-blocks of tokens after the turns, since it keeps its own loop).
+Peers are used if installed: transformers' Llama, which takes part in the turns, and llama.cpp (xllamacpp and
+gguf), which decodes blocks of tokens after the turns, since it runs its own loop.
 """
 
 import statistics
@@ -25,11 +25,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tide_mega.config.errors import ConfigError, refuse
+from tide_mega.config.command_line import tool_entry
 from tide_mega.config.huge_pages import use_huge_pages
 from tide_mega.config.hydra_door import parse_tool_cli
-from tide_mega.config.pipe import tool_entry
-from tide_mega.data.atomic import write_json
+from tide_mega.errors import refuse
+from tide_mega.lab.bench.tool import run_tool
 
 DISK_KIND = "int4"
 
@@ -70,7 +70,7 @@ class DecodeOptions:
     huge_pages: bool = True
     """Whether torch asks for them, as `tide_mega.generate` does; for transformers' tensors too."""
     folder: str | None = None
-    """Where files are made for as long as it takes; null means the system's folder for temporary files."""
+    """Folder for temporary files; null means the system's."""
     device: str = "cpu"
     threads: int = 1
     out: str | None = None
@@ -78,7 +78,7 @@ class DecodeOptions:
 
 
 def bench(options: DecodeOptions) -> dict[str, Any]:
-    """Measure everything; returns what `out` receives.
+    """Measure everything; return what `out` receives.
 
     Raises:
         ConfigError: an option is wrong.
@@ -124,12 +124,11 @@ def _measure_batch(
 ) -> list[dict[str, Any]]:
     import torch
 
-    from tide_mega.bench.decode_case import DecodeCase, SharedBase, table_in_memory
-    from tide_mega.bench.decode_disk import write_random_sidecar
-    from tide_mega.bench.decode_turns import take_turns
-    from tide_mega.bench.ids import draw_ids
     from tide_mega.hf.memory_tide import open_store
     from tide_mega.hf.rows_tide import RowFormat
+    from tide_mega.lab.bench.decode import DecodeCase, SharedBase, table_in_memory, take_turns
+    from tide_mega.lab.bench.decode_disk import write_random_sidecar
+    from tide_mega.lab.bench.text import draw_ids
 
     at = device.torch_device
     case = DecodeCase(shape, options.dtype, batch, shape.max_positions, at)
@@ -159,7 +158,7 @@ def _measure_batch(
         decoder.prefill(prompt)
     steps: dict[str, Any] = {name: decoder.step for name, decoder in decoders.items()}
     if "transformers" in options.peers and _installed("transformers"):
-        from tide_mega.bench.decode_peers import transformers_step
+        from tide_mega.lab.bench.decode_peers import transformers_step
 
         steps["transformers"] = transformers_step(case, options.context)
     turns = take_turns(steps, ids_TB, options.turns, warmup=3, is_cuda=device.is_cuda)
@@ -180,8 +179,8 @@ def _measure_batch(
 
 
 def _measure_disk(options: DecodeOptions, shape: Any, root: Path) -> dict[str, Any]:
-    from tide_mega.bench.decode_disk import cold_prompt_seconds, resident_bytes, write_folders
     from tide_mega.hf.rows_tide import RowFormat
+    from tide_mega.lab.bench.decode_disk import cold_prompt_seconds, resident_bytes, write_folders
 
     row_format = RowFormat(DISK_KIND, options.disk_blocks, shape.hidden_size)
     cold = cold_prompt_seconds(root / "memory.tide", row_format, shape.vocab_size, options.prompt, repeats=5)
@@ -197,7 +196,7 @@ def _measure_disk(options: DecodeOptions, shape: Any, root: Path) -> dict[str, A
 def _measure_llama_cpp(options: DecodeOptions, shape: Any) -> dict[str, Any]:
     if not _installed("xllamacpp", "gguf"):
         return {}
-    from tide_mega.bench.decode_peers import llama_cpp
+    from tide_mega.lab.bench.decode_peers import llama_cpp
 
     found = {}
     for kind in ("f32", "q8_0"):
@@ -211,11 +210,8 @@ def _measure_llama_cpp(options: DecodeOptions, shape: Any) -> dict[str, Any]:
 
 
 def _installed(*modules: str) -> bool:
-    sys.path.insert(0, str(Path(__file__).parent))
-    try:
-        from tide_mega.bench.decode_peers import installed
-    finally:
-        sys.path.pop(0)
+    from tide_mega.lab.bench.decode_peers import installed
+
     return installed(*modules)
 
 
@@ -233,10 +229,9 @@ def _validate(options: DecodeOptions) -> None:
         "context",
         "turns",
         "threads",
+        "disk_blocks",
+        "prompt",
     ):
-        if getattr(options, key) < 1:
-            refuse(key, getattr(options, key), "is too small", "give 1 or more")
-    for key in ("disk_blocks", "prompt"):
         if getattr(options, key) < 1:
             refuse(key, getattr(options, key), "is too small", "give 1 or more")
     if options.width % options.heads or options.heads % options.groups:
@@ -269,7 +264,7 @@ def _validate(options: DecodeOptions) -> None:
 
 def show(found: dict[str, Any]) -> str:
     """The tables, as text."""
-    from tide_mega.bench.table import aligned, megabytes, milliseconds
+    from tide_mega.lab.bench.show import aligned, megabytes, milliseconds
 
     options = found["options"]
     parameters = "{layers} layers, D = {width:,}, V = {vocab:,}, {dtype}, {threads} thread(s)".format(
@@ -307,17 +302,9 @@ def show(found: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the tool; returns its exit status: 0, 1 where a measurement failed, 2 for a bad option."""
+    """Run the tool; return its exit status: 0, 1 where a measurement failed, 2 for a bad option."""
     options = parse_tool_cli(DecodeOptions, argv, doc=__doc__ or "")
-    try:
-        found = bench(options)
-    except (ConfigError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
-    print(show(found))
-    if options.out is not None:
-        write_json(Path(options.out), found)
-    return 0
+    return run_tool(lambda: bench(options), show, options.out, failures=(RuntimeError,))
 
 
 if __name__ == "__main__":

@@ -1,31 +1,29 @@
-"""What live diagnostics cost: training steps with them beside steps without, in turns in one process.
+"""Cost of live diagnostics: training steps with and without them, in turns in one process.
 
     python tools/bench_live.py                                  # the demo's model, on this machine
     python tools/bench_live.py model=1b blocks=8 device=cuda micro_batch=8 out=live.json
 
-Steps run through the trainer's own stage, engine and optimizer, on random ids distributed as text is. A round has
-`every` steps of each kind, the last one logged; `ratio` compares the sums of a round. Each item is timed by itself
-too, within these steps, and everything that a log line measures of loss, routers and tables counts as diagnostics.
-Recording router weights is spread over the layers: its item is what gradients take longer in the median of logged
-steps than in that of the others, and 0 where noise hides it. It is one process: no all-reduce is timed.
-Shares are medians over the median step; half the distance between the quartiles follows ±.
+Steps run through the trainer's own stage, engine and optimizer, on random ids distributed as in text. A round has
+`every` steps of each kind, the last one logged; `ratio` compares the sums of a round. Each item is also timed by
+itself within these steps; everything that a log line measures of loss, routers and tables counts as diagnostics.
+Recording router weights is spread over the layers: its item is the time by which gradients take longer in the
+median logged step than in the median other step, and 0 where noise hides it. With one process, no all-reduce is
+timed. Shares are medians over the median step; half the interquartile range follows ±.
 """
 
-import sys
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
-from tide_mega.bench.step_choice import StepChoice
-from tide_mega.config.errors import ConfigError, refuse
+from tide_mega.config.command_line import tool_entry
 from tide_mega.config.hydra_door import parse_tool_cli
-from tide_mega.config.pipe import tool_entry
-from tide_mega.data.atomic import write_json
+from tide_mega.errors import refuse
+from tide_mega.lab.bench.step_case import StepChoice
+from tide_mega.lab.bench.tool import run_tool
 
 
 @dataclass
 class LiveOptions(StepChoice):
-    """What a user may say."""
+    """Options of `tools/bench_live.py`."""
 
     blocks: int = 4
     """K."""
@@ -41,7 +39,7 @@ class LiveOptions(StepChoice):
     """Whether records also go to an offline W&B run."""
 
     def validate(self) -> None:
-        """Refuse options that cannot be meant.
+        """Refuse invalid options.
 
         Raises:
             ConfigError: naming the option.
@@ -54,12 +52,12 @@ class LiveOptions(StepChoice):
 
 
 def bench(options: LiveOptions) -> dict[str, Any]:
-    """Measure; returns what `out` receives.
+    """Measure; return what `out` receives.
 
     Raises:
         ConfigError: an option or override is wrong.
     """
-    from tide_mega.bench.live_case import LiveCase, measure
+    from tide_mega.lab.bench.live_case import LiveCase, measure
     from tide_mega.parallel.device import choose_device, set_threads
     from tide_mega.parallel.groups import World, start_distributed, stop_distributed
 
@@ -88,8 +86,8 @@ def bench(options: LiveOptions) -> dict[str, Any]:
 
 def show(found: dict[str, Any]) -> str:
     """The result as text."""
-    from tide_mega.bench.live_case import EVALUATED, LOGGED
-    from tide_mega.bench.table import aligned, milliseconds
+    from tide_mega.lab.bench.live_case import EVALUATED, LOGGED
+    from tide_mega.lab.bench.show import aligned, milliseconds
 
     options, step = found["options"], found["step"]["median"]
 
@@ -117,18 +115,14 @@ def show(found: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the tool; returns its exit status: 0, or 2 for a bad option."""
+    """Run the tool; return its exit status: 0, or 2 for a bad option."""
     options = parse_tool_cli(LiveOptions, argv, doc=__doc__ or "")
-    try:
+
+    def measure() -> dict[str, Any]:
         options.validate()
-        found = bench(options)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(show(found))
-    if options.out is not None:
-        write_json(Path(options.out), found)
-    return 0
+        return bench(options)
+
+    return run_tool(measure, show, options.out)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,17 @@
-"""Peak memory of a training process, measured: the plain approach against this system, beside the formulas.
+"""Measured peak memory of a training process: the plain approach against this system, beside the formulas.
 
     python tools/bench_memory.py
     python tools/bench_memory.py vocab=8192 blocks=4,16 micro_batch=8 out=peaks.json
 
-Each line is a few optimizer steps in fp32 on fresh data-parallel processes with the same random tokens:
-`plain` is the plain torch reference (every process has all tables, dense AdamW on them, M [B,T,K,D] of every
-token), `tensor` and `tensor_data` are this system with that `memory.owners`. `start` is the most resident while
-model and optimizer were built, `steps` while they trained, both above what was resident after the imports;
-`memory` is what K blocks add to the same approach's `steps` at K = 0, `computed` the figure of
-tide_mega.memory.traffic for it, and each `times less` compares the column before with plain's. Needs Linux.
+Each line is a few optimizer steps in fp32 on fresh data-parallel processes with the same random tokens. `plain` is
+the plain torch reference (every process has all tables, dense AdamW on them, M [B,T,K,D] of every token); `tensor`
+and `tensor_data` are this system with that `memory.owners`. `start` is the peak resident memory while model and
+optimizer were built, `steps` while they trained, both above what was resident after the imports. `memory` is what
+K blocks add to the same approach's `steps` at K = 0, `computed` the figure of tide_mega.memory.traffic for it;
+each `times less` compares the column before with plain's. Needs Linux.
 
-Measured and computed need not agree: a peak falls at one moment, and not all that the formula adds up is there
-at once (the logits are gone when Adam's step has every gradient); and temporaries are not in the formulas.
+Measured and computed need not agree: a peak occurs at one moment, when not all that the formula adds up exists
+(the logits are gone when Adam's step has every gradient), and the formulas leave out temporaries.
 """
 
 import json
@@ -24,12 +24,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tide_mega.bench.resident import EXACT_FREE
-from tide_mega.bench.table import aligned
-from tide_mega.config.errors import ConfigError, refuse
+from tide_mega.config.command_line import tool_entry
 from tide_mega.config.hydra_door import parse_tool_cli
-from tide_mega.config.pipe import tool_entry
-from tide_mega.data.atomic import write_json
+from tide_mega.errors import ConfigError, refuse
+from tide_mega.lab.bench.measure import EXACT_FREE
+from tide_mega.lab.bench.show import aligned
+from tide_mega.lab.bench.tool import run_tool
 from tide_mega.memory.traffic import Layout, Tables, Widths, owner_memory, plain_memory
 
 APPROACHES = ("plain", "tensor", "tensor_data")
@@ -61,14 +61,14 @@ class BenchOptions:
 
 
 def bench(options: BenchOptions) -> list[dict[str, Any]]:
-    """Measure every approach at K = 0 and each of `blocks`; returns the lines of the table, plain first.
+    """Measure every approach at K = 0 and each of `blocks`; return the lines of the table, plain first.
 
     Raises:
         ConfigError: an option is wrong.
         RuntimeError: a process failed.
     """
     _validate(options)
-    # Without memory both owners are the same run.
+    # Without memory, both owners give the same run.
     runs = [("plain", 0), ("tensor", 0), *((a, k) for k in options.blocks for a in APPROACHES)]
     lines: dict[tuple[str, int], dict[str, Any]] = {}
     for approach, blocks in runs:
@@ -113,7 +113,7 @@ def measure(options: BenchOptions, approach: str, blocks: int) -> dict[str, int]
         said = [output.read_text().splitlines() for output in outputs]
     failed = [rank for rank, status in enumerate(statuses) if status]
     if failed:
-        # One that failed by itself, before one that was ended for it.
+        # Report a process that failed by itself rather than one that was ended because of it.
         rank = max(failed, key=lambda r: statuses[r])
         last = "\n".join(said[rank][-15:])
         raise RuntimeError(
@@ -124,7 +124,7 @@ def measure(options: BenchOptions, approach: str, blocks: int) -> dict[str, int]
 
 
 def _wait(workers: list[subprocess.Popen[bytes]]) -> list[int]:
-    """Wait for all; end those that would wait in vain for one that failed."""
+    """Wait for all; end those that would wait forever for a failed one."""
     try:
         while any(worker.poll() is None for worker in workers):
             if any(worker.poll() for worker in workers):
@@ -138,9 +138,9 @@ def _wait(workers: list[subprocess.Popen[bytes]]) -> list[int]:
 
 
 def computed(options: BenchOptions, approach: str, blocks: int, distinct: int) -> float:
-    """Bytes the formulas give for the memory's part of a process, in fp32.
+    """Return the bytes that the formulas give for the memory's share of a process, in fp32.
 
-    Plain torch keeps no master besides its weights, so of three states the optimizer has two.
+    Plain torch keeps no master copy of its weights, so the optimizer has two of the three states.
     """
     tables = Tables(options.vocab, blocks, options.width)
     if approach == "plain":
@@ -168,7 +168,7 @@ def _validate(options: BenchOptions) -> None:
 
 
 def show(lines: list[dict[str, Any]]) -> str:
-    """The table, in MB of 10^6 bytes."""
+    """Return the table, in MB of 10^6 bytes."""
     ratio_of = {"steps": "times_less", "memory": "memory_times_less", "computed": "computed_times_less"}
     head = ["K", "approach", "start"]
     for key in ratio_of:
@@ -183,21 +183,22 @@ def show(lines: list[dict[str, Any]]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the tool; returns its exit status: 0, 1 where a process failed, 2 for a bad option."""
+    """Run the tool; return its exit status: 0, 1 where a process failed, 2 for a bad option."""
     options = parse_tool_cli(BenchOptions, argv, doc=__doc__ or "")
-    try:
-        lines = bench(options)
-    except (ConfigError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
-    print(
+    title = (
         f"Peak resident MB of a process: V = {options.vocab:,}, d = {options.width:,}, {options.layers} layers, "
-        f"{options.processes} data-parallel processes of {options.micro_batch} x {options.seq_length:,} tokens\n"
-        f"{show(lines)}"
+        f"{options.processes} data-parallel processes of {options.micro_batch} x {options.seq_length:,} tokens"
     )
-    if options.out is not None:
-        write_json(Path(options.out), {"options": asdict(options), "lines": lines})
-    return 0
+
+    def measure() -> dict[str, Any]:
+        return {"options": asdict(options), "lines": bench(options)}
+
+    return run_tool(
+        measure,
+        lambda found: f"{title}\n{show(found['lines'])}",
+        options.out,
+        failures=(RuntimeError,),
+    )
 
 
 if __name__ == "__main__":

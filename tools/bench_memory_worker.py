@@ -1,6 +1,6 @@
 """One process of tools/bench_memory.py: trains a few steps of one approach and prints its peaks as JSON.
 
-Its one argument is a `Task` as JSON. Everything is imported before the first measurement.
+Its one argument is a `Task` as JSON. All imports precede the first measurement.
 """
 
 import json
@@ -12,12 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tide_mega.bench.resident import forget_peak, resident
 from tide_mega.config.schema import MemoryConfig, ModelConfig, OptimConfig, TideConfig
-from tide_mega.data.batch import TokenBatch
-from tide_mega.model.passes import compute_gradients
+from tide_mega.data.loader import TokenBatch
+from tide_mega.lab.bench.measure import forget_peak, resident
 from tide_mega.model.reference import ReferenceShape, ReferenceTide
 from tide_mega.model.stage import TideStage
+from tide_mega.model.steps import compute_gradients
 from tide_mega.model.weights import initialise
 from tide_mega.parallel.device import choose_device
 from tide_mega.parallel.engine import Engine
@@ -28,7 +28,7 @@ from tide_mega.training.optimizer import parameter_groups
 
 @dataclass(frozen=True)
 class Task:
-    """What a process of the benchmark does."""
+    """The task of one benchmark process."""
 
     approach: str
     """plain, or `memory.owners` of the system: tensor or tensor_data."""
@@ -43,11 +43,11 @@ class Task:
     processes: int
     rank: int
     store: str
-    """File through which the processes find each other."""
+    """File for the rendezvous of the processes."""
 
 
 def token_ids(task: Task, step: int) -> Tensor:
-    """Random ids [B, T + 1], id v with a probability ~ 1 / (v + 10), roughly as token types are distributed."""
+    """Draw ids [B, T + 1]; id v has probability ~ 1 / (v + 10), roughly the distribution of token types."""
     weights_V = 1 / (torch.arange(task.vocab) + 10.0)
     generator = torch.Generator().manual_seed(1000 * step + task.rank)
     shape = task.micro_batch, task.seq_length + 1
@@ -74,7 +74,7 @@ def model_of(task: Task) -> ModelConfig:
 
 
 def build_plain(task: Task) -> Callable[[int], None]:
-    """Build the reference and AdamW; return what makes a step."""
+    """Build the reference and AdamW; return a function that runs a step."""
     model, optim = model_of(task), OptimConfig()
     reference = ReferenceTide(ReferenceShape.of(model, task.blocks))
     with torch.no_grad():
@@ -97,7 +97,7 @@ def build_plain(task: Task) -> Callable[[int], None]:
 
 
 def build_system(task: Task) -> Callable[[int], None]:
-    """Build a stage and its engine; return what makes a step."""
+    """Build a stage and its engine; return a function that runs a step."""
     config = TideConfig(model=model_of(task), memory=MemoryConfig(task.blocks, owners=task.approach))
     config.data.seq_length, config.trainer.precision = task.seq_length, "fp32"
     device = choose_device("cpu", 0)
@@ -123,7 +123,7 @@ def build_system(task: Task) -> Callable[[int], None]:
 
 
 def work(task: Task) -> dict[str, int]:
-    """Train; return peaks above what was resident before, in bytes, and the most distinct ids of a step."""
+    """Train; return peaks above the initial resident size, in bytes, and the most distinct ids of a step."""
     torch.set_num_threads(task.threads)
     dist.init_process_group(
         "gloo", init_method=f"file://{task.store}", rank=task.rank, world_size=task.processes

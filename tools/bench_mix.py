@@ -4,10 +4,10 @@
     python tools/bench_mix.py tokens=16384 width=2048 blocks=2,8,24 layers=1,8 dtype=bf16 out=mix.json plot=mix.png
 
 `autograd` materialises [N, K, D] in each layer and lets autograd carry the gradient to fp32 rows; `cpu` or
-`triton` is what training runs on this device. Versions take turns in one process; times are medians, with half
-the distance between the quartiles after ±. `peak` is the most memory held above the inputs: on CPU resident in
-a fresh process of each version (Linux), on a GPU allocated. The floor is tide_mega.bench.mix_bytes over the
-bandwidth measured here with a copy and a triad of large tensors; `of floor` is floor over time, and above 100 %
+`triton` is what training runs on this device. Versions take turns in one process; times are medians, with half the
+interquartile range after ±. `peak` is the most memory held above the inputs: on CPU resident memory of a fresh
+process per version (Linux), on a GPU allocated memory. The floor is the byte count of tide_mega.lab.bench.mix over
+the bandwidth measured here with a copy and a triad of large tensors. `of floor` is floor over time; above 100 %
 the caches have helped. `error` is the largest difference of outputs and gradients from autograd in fp32 on the
 same inputs, over the largest value of each.
 """
@@ -17,10 +17,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tide_mega.config.errors import ConfigError, refuse
+from tide_mega.config.command_line import tool_entry
 from tide_mega.config.hydra_door import parse_tool_cli
-from tide_mega.config.pipe import tool_entry
-from tide_mega.data.atomic import write_json
+from tide_mega.errors import refuse
+from tide_mega.lab.bench.tool import run_tool
 
 
 @dataclass
@@ -56,7 +56,7 @@ class MixOptions:
 
 
 def bench(options: MixOptions) -> dict[str, Any]:
-    """Measure every K and number of layers; returns what `out` receives.
+    """Measure every K and number of layers; return what `out` receives.
 
     Raises:
         ConfigError: an option is wrong.
@@ -65,11 +65,10 @@ def bench(options: MixOptions) -> dict[str, Any]:
     _validate(options)
     import torch
 
-    from tide_mega.bench.bandwidth import measure_bandwidth
-    from tide_mega.bench.mix_case import BASELINE, MixCase
-    from tide_mega.bench.mix_measure import measure_mix
     from tide_mega.config.schema import KernelConfig
     from tide_mega.kernels.choice import choose_kernels
+    from tide_mega.lab.bench.measure import measure_bandwidth
+    from tide_mega.lab.bench.mix import BASELINE, MixCase, measure_mix
     from tide_mega.parallel.device import choose_device, set_threads
 
     device = choose_device(options.device, 0)
@@ -108,7 +107,7 @@ def bench(options: MixOptions) -> dict[str, Any]:
 
 
 def _validate(options: MixOptions) -> None:
-    from tide_mega.bench.ids import DISTRIBUTIONS
+    from tide_mega.lab.bench.text import DISTRIBUTIONS
 
     for key in ("tokens", "width", "vocab", "repeats", "threads", "bandwidth_mb"):
         value = getattr(options, key)
@@ -134,7 +133,7 @@ def _validate(options: MixOptions) -> None:
 
 def show(found: dict[str, Any]) -> str:
     """The table, as text; times are those of one layer."""
-    from tide_mega.bench.table import aligned, megabytes, milliseconds
+    from tide_mega.lab.bench.show import aligned, megabytes, milliseconds
 
     head = [
         "K",
@@ -174,21 +173,16 @@ def show(found: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the tool; returns its exit status: 0, 1 where a measurement failed, 2 for a bad option."""
+    """Run the tool; return its exit status: 0, 1 where a measurement failed, 2 for a bad option."""
     options = parse_tool_cli(MixOptions, argv, doc=__doc__ or "")
-    try:
-        found = bench(options)
-    except (ConfigError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
-    print(show(found))
-    if options.out is not None:
-        write_json(Path(options.out), found)
-    if options.plot is not None:
-        from tide_mega.bench.mix_plot import plot_mix
 
-        plot_mix(found, Path(options.plot))
-    return 0
+    def plot(found: dict[str, Any]) -> None:
+        from tide_mega.lab.bench.mix import plot_mix
+
+        if options.plot is not None:
+            plot_mix(found, Path(options.plot))
+
+    return run_tool(lambda: bench(options), show, options.out, plot=plot, failures=(RuntimeError,))
 
 
 if __name__ == "__main__":

@@ -1,17 +1,17 @@
-"""The memory's rows outside training: time of a look-up by format, of a read from disk, hits of a cache.
+"""The memory's rows outside training: time of a look-up by format, of reads from disk, and cache hits.
 
     python tools/bench_rows.py
     python tools/bench_rows.py width=768 blocks=2,8,24 batch=1,8 folder=/mnt/ssd tokens=held_out.npy out=rows.json
 
-Look-ups: CPU time of gathering and decoding the K rows of `batch` random ids, formats in turn in one process;
-`x` is the time over the first format's. `trained` needs no export: bf16 tables, normalised at every look-up.
+Look-ups: CPU time to gather and decode the K rows of `batch` random ids, formats taking turns in one process; `x`
+is the time over the first format's. `trained` needs no export: bf16 tables, normalised at every look-up.
 
-Disk: wall time, of a file of random rows that is made in `folder` and removed. Cold: the system was asked before
-to drop the file from its memory; a virtual disk may have it in the host's. Prompts of different ids are read by
-several numbers of threads in turn.
+Disk: wall time, from a file of random rows that is made in `folder` and removed afterwards. Cold: the system was
+asked to drop the file from the page cache first; a virtual disk may still have it in the host's. Prompts of
+distinct ids are read by several numbers of threads in turn.
 
-Cache: of the ids in `tokens` (a .npy file of whole numbers; null draws 100,000 by Zipf's law as text has them),
-one after another, the share whose row was among those used last.
+Cache: of the ids in `tokens`, one after another, the share whose row was among those used last. `tokens` is a .npy
+file of whole numbers; null draws 100,000 by Zipf's law, as in text.
 """
 
 import sys
@@ -20,10 +20,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tide_mega.config.errors import ConfigError, refuse
+from tide_mega.config.command_line import tool_entry
 from tide_mega.config.hydra_door import parse_tool_cli
-from tide_mega.config.pipe import tool_entry
-from tide_mega.data.atomic import write_json
+from tide_mega.errors import refuse
+from tide_mega.lab.bench.tool import run_tool
 
 
 @dataclass
@@ -67,7 +67,7 @@ class RowsOptions:
 
 
 def bench(options: RowsOptions) -> dict[str, Any]:
-    """Measure everything; returns what `out` receives.
+    """Measure everything; return what `out` receives.
 
     Raises:
         ConfigError: an option is wrong.
@@ -75,7 +75,7 @@ def bench(options: RowsOptions) -> dict[str, Any]:
     _validate(options)
     import torch
 
-    from tide_mega.bench.rows_measure import (
+    from tide_mega.lab.bench.rows_measure import (
         RowFormat,
         measure_hits,
         measure_lookups,
@@ -83,9 +83,10 @@ def bench(options: RowsOptions) -> dict[str, Any]:
         measure_single_reads,
         write_random,
     )
+    from tide_mega.parallel.device import DTYPES
 
     torch.set_num_threads(options.threads)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]
+    dtype = DTYPES[options.dtype]
     ids_N = _tokens(options)
     lookups: list[dict[str, Any]] = []
     for blocks in options.blocks:
@@ -123,7 +124,7 @@ def _tokens(options: RowsOptions) -> Any:
     import numpy as np
     import torch
 
-    from tide_mega.bench.ids import draw_ids
+    from tide_mega.lab.bench.text import draw_ids
 
     if options.tokens is None:
         return draw_ids("zipf", 100_000, options.vocab, seed=0)
@@ -175,7 +176,7 @@ def _validate(options: RowsOptions) -> None:
 
 def show(found: dict[str, Any]) -> str:
     """The three tables, as text."""
-    from tide_mega.bench.table import aligned, megabytes, milliseconds
+    from tide_mega.lab.bench.show import aligned, megabytes, milliseconds
 
     options = found["options"]
     lookups = [
@@ -215,17 +216,9 @@ def show(found: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the tool; returns its exit status: 0, or 2 for a bad option."""
+    """Run the tool; return its exit status: 0, or 2 for a bad option."""
     options = parse_tool_cli(RowsOptions, argv, doc=__doc__ or "")
-    try:
-        found = bench(options)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(show(found))
-    if options.out is not None:
-        write_json(Path(options.out), found)
-    return 0
+    return run_tool(lambda: bench(options), show, options.out)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,16 @@
-"""The training step with K memory blocks beside the step without: time, MFU, memory, and where the rest goes.
+"""Training steps with K memory blocks against the step without: time, MFU, memory, and a breakdown by operation.
 
     python tools/bench_step.py                                     # the demo's model, on this machine
     python tools/bench_step.py model=auto device=cuda micro_batch=8 plot=step.png out=step.json
     python tools/bench_step.py predict=true gpu=h100 model=1b      # from byte counts alone, no GPU needed
 
-Steps run through the trainer's own stage, engine and optimizer, on random ids distributed as text is. All K
-take turns in one process where their state fits the GPU together; else each takes turns with K = 0 alone, or
-where even that does not fit comes between two runs of K = 0. A K that does not fit alone is named and left out.
-Times are medians, with half the distance between the quartiles after ±; `peak` is the most memory of a step
-(GPU: allocated; CPU: resident in a fresh process, above the imports). The breakdown times each operation by
-itself at the step's shapes, times layers and microbatches, beside its floor: tide_mega.bench.step_bytes over
-the bandwidth measured here. MFU is a share of the data sheet's peak, on CPU of what matrix products reach here.
+Steps run through the trainer's own stage, engine and optimizer, on random ids distributed as in text. All K take
+turns in one process if their state fits the GPU together; otherwise each takes turns with K = 0 alone or, if even
+that does not fit, runs between two runs of K = 0. A K that does not fit alone is named and left out. Times are
+medians, with half the interquartile range after ±; `peak` is the peak memory of a step (GPU: allocated; CPU:
+resident in a fresh process, above the imports). The breakdown times each operation by itself at the step's shapes,
+multiplied by layers and microbatches, beside its floor: tide_mega.lab.bench.step_bytes over the bandwidth measured
+here. MFU is relative to the data sheet's peak, on CPU to what matrix products reach here.
 """
 
 import sys
@@ -18,24 +18,24 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tide_mega.bench.step_options import StepOptions
-from tide_mega.config.errors import ConfigError, refuse
+from tide_mega.config.command_line import tool_entry
 from tide_mega.config.hydra_door import parse_tool_cli
-from tide_mega.config.pipe import tool_entry
-from tide_mega.data.atomic import write_json
+from tide_mega.errors import ConfigError, refuse
+from tide_mega.lab.bench.step_case import StepOptions
+from tide_mega.lab.bench.tool import run_tool
 
 LARGEST_FIRST = ("3b", "1b", "750m", "350m")
 
 
 def bench(options: StepOptions) -> dict[str, Any]:
-    """Measure all K; returns what `out` receives.
+    """Measure all K; return what `out` receives.
 
     Raises:
         ConfigError: an option is wrong, or nothing fits.
         RuntimeError: a process that measures memory failed.
     """
-    from tide_mega.bench.bandwidth import measure_bandwidth
-    from tide_mega.bench.step_rounds import measure_rounds
+    from tide_mega.lab.bench.measure import measure_bandwidth
+    from tide_mega.lab.bench.step_measure import measure_rounds
     from tide_mega.parallel.device import choose_device, set_threads
     from tide_mega.parallel.groups import World, start_distributed, stop_distributed
     from tide_mega.training.setup import device_peak
@@ -83,9 +83,9 @@ def largest_model(options: StepOptions, precision: str, room: int | None) -> str
     """Return the largest paper model whose state leaves room for activations at every K.
 
     Raises:
-        ConfigError: none does, or there is no GPU to fit.
+        ConfigError: none does, or there is no GPU.
     """
-    from tide_mega.bench.step_rounds import fits
+    from tide_mega.lab.bench.step_measure import fits
 
     if room is None:
         refuse("model", "auto", "needs a GPU to fit", "name a model")
@@ -104,18 +104,16 @@ def _gpu_memory() -> int:
 
 
 def prediction(options: StepOptions) -> dict[str, Any]:
-    """Predict every K but 0 at every accumulation, in bf16; returns what `out` receives.
+    """Predict every K but 0 at every accumulation, in bf16; return what `out` receives.
 
     Raises:
         ConfigError: an option is wrong.
     """
-    from tide_mega.bench.gpus import GPUS
-    from tide_mega.bench.step_bytes import StepShape, predict
-    from tide_mega.training.peak import peak_tflops
+    from tide_mega.config.gpus import find_gpu
+    from tide_mega.lab.bench.step_bytes import StepShape, predict
 
-    gpu = GPUS[options.gpu]
-    tflops = peak_tflops(gpu.name, "bf16")
-    assert tflops is not None
+    gpu = find_gpu(options.gpu)
+    assert gpu is not None
     config = options.configuration("1b" if options.model == "auto" else options.model, 0, "bf16")
     tokens = options.micro_batch * config.data.seq_length
     lines = []
@@ -126,7 +124,7 @@ def prediction(options: StepOptions) -> dict[str, Any]:
                 shape,
                 seq_length=config.data.seq_length,
                 bandwidth=gpu.bandwidth,
-                tflops=tflops,
+                tflops=gpu.bf16_tflops,
                 mfu=options.mfu,
                 share=options.bandwidth_share,
                 replicas=options.replicas,
@@ -139,29 +137,26 @@ def prediction(options: StepOptions) -> dict[str, Any]:
                     **{"overhead": found.overhead, "dominating": found.dominating},
                 }
             )
-    ran = {"model": config.model.name, "seq_length": config.data.seq_length, "tflops": tflops}
+    ran = {"model": config.model.name, "seq_length": config.data.seq_length, "tflops": gpu.bf16_tflops}
     return {"options": {**asdict(options), **ran}, "bandwidth": gpu.bandwidth, "lines": lines}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the tool; returns its exit status: 0, 1 where a measurement failed, 2 for a bad option."""
-    from tide_mega.bench.step_tables import show_measured, show_predicted
+    """Run the tool; return its exit status: 0, 1 where a measurement failed, 2 for a bad option."""
+    from tide_mega.lab.bench.step_show import plot_measured, plot_predicted, show_measured, show_predicted
 
     options = parse_tool_cli(StepOptions, argv, doc=__doc__ or "")
-    try:
-        options.validate()
-        found = prediction(options) if options.predict else bench(options)
-    except (ConfigError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
-    print(show_predicted(found) if options.predict else show_measured(found))
-    if options.out is not None:
-        write_json(Path(options.out), found)
-    if options.plot is not None:
-        from tide_mega.bench.step_plot import plot_measured, plot_predicted
 
-        (plot_predicted if options.predict else plot_measured)(found, Path(options.plot))
-    return 0
+    def measure() -> dict[str, Any]:
+        options.validate()
+        return prediction(options) if options.predict else bench(options)
+
+    def plot(found: dict[str, Any]) -> None:
+        if options.plot is not None:
+            (plot_predicted if options.predict else plot_measured)(found, Path(options.plot))
+
+    show = show_predicted if options.predict else show_measured
+    return run_tool(measure, show, options.out, plot=plot, failures=(RuntimeError,))
 
 
 if __name__ == "__main__":

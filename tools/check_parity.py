@@ -4,44 +4,43 @@
     python tools/check_parity.py --grid quick
     python tools/check_parity.py --case tensor=2 data=2 sequence_parallel=true owners=tensor_data
 
-Each case starts 1 to 8 processes on this machine's CPU (gloo), builds the model of the training run in them and
-a plain-torch model beside it with the same initial weights, and trains both on the same tokens for 5 AdamW
-steps with clipping active. Compared, each by its largest relative difference, over all processes: the loss and
-the global gradient norm of every step, and every parameter and table row at the end (largest difference over
-the tensor's largest magnitude).
+Each case starts 1 to 8 processes on this machine's CPU (gloo), builds the model of the training run in them and a
+plain-torch model beside it with the same initial weights, and trains both on the same tokens for 5 AdamW steps
+with clipping active. Compared, each by its largest relative difference over all processes: the loss and the global
+gradient norm of every step, and every parameter and table row at the end (largest difference over the tensor's
+largest magnitude).
 
-Bounds: 1e-5 in fp32. In bf16 1e-2 for the loss and 3e-2 for the norm, and a tensor's update may err 1.5 times
-(x) as much, in the L2 norm, as the plain reference does when it computes in bf16 itself.
+Bounds: 1e-5 in fp32. In bf16 1e-2 for the loss and 3e-2 for the norm; a tensor's update may have 1.5 times (x) the
+error, in the L2 norm, of the plain reference computing in bf16 itself.
 
-Adam's eps is 1e-4 in these runs, not the paper's 1e-8: Adam divides by sqrt(v) + eps, so where a gradient is
-almost 0 a smaller eps turns fp32 rounding into a whole step of either sign, in any two correct programs. With
-eps = 1e-6 a few elements differ by 4e-5, losses and norms by no more than with 1e-4.
+Adam's eps is 1e-4 in these runs, not the paper's 1e-8: Adam divides by sqrt(v) + eps, so for a gradient near 0 a
+smaller eps turns fp32 rounding into a whole step of either sign, in any two correct programs. With eps = 1e-6 a
+few elements differ by 4e-5, losses and norms by no more than with 1e-4.
 
---grid full runs every topology of tide_mega.parity.grid, --grid quick a few of them, --case the one that its
-key=value words describe. Exit status: 0 all agree, 1 a number is over its bound or a case failed or hung, 2
-wrong arguments.
+--grid full runs every topology of tide_mega.lab.parity.case, --grid quick a few of them, --case the one that its
+key=value words describe. Exit status: 0 all agree, 1 a number is over its bound or a case failed or hung, 2 wrong
+arguments.
 """
 
 import sys
 import time
 from collections.abc import Sequence
 
-from tide_mega.config.errors import ConfigError, refuse
+from tide_mega.config.command_line import tool_entry
 from tide_mega.config.hydra_door import parse_tool_cli
-from tide_mega.config.pipe import tool_entry
-from tide_mega.parity.case import Case, check_case
-from tide_mega.parity.check import Outcome, check_all, compare
-from tide_mega.parity.grid import GRIDS
+from tide_mega.errors import ConfigError, refuse
+from tide_mega.lab.parity.case import GRIDS, Case, check_case
+from tide_mega.lab.parity.check import Outcome, check_all, compare
 
 USAGE = "give --grid quick, --grid full, or --case key=value ... (see --help)"
 NUMBERS = f"{'loss':>7}  {'norm':>7}  {'params':>7}  {'rows':>7}  {'seconds':>7}"
 
 
 def read_arguments(words: Sequence[str]) -> list[Case]:
-    """Return the cases that the arguments ask for.
+    """Return the cases that the arguments select.
 
     Raises:
-        ConfigError: one sentence that says which argument is wrong and what would do.
+        ConfigError: one sentence that names the wrong argument and a valid one.
         SystemExit: `--help` (status 0), or a wrong key or type after `--case` (status 2).
     """
     if "--help" in words or "-h" in words:
@@ -78,12 +77,12 @@ def check_runnable(cases: Sequence[Case]) -> None:
 
 
 def header(width: int) -> str:
-    """Return the line above the table."""
+    """Return the table's header line."""
     return f"procs  {'topology':<{width}}  {NUMBERS}        worst tensor"
 
 
 def line(outcome: Outcome, width: int) -> str:
-    """Return a case's line, and the details of a failure below it."""
+    """Return a case's line, followed by the details of a failure."""
     case, deviation = outcome.case, outcome.deviation
     verdict = "FAIL" if outcome.failures else "ok"
     start = f"{case.world:>5}  {case!s:<{width}}"

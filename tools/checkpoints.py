@@ -1,4 +1,4 @@
-"""List, verify and compare checkpoints, whatever the topology that saved them.
+"""Lists, verifies and compares checkpoints, whatever the topology that saved them.
 
     python tools/checkpoints.py list path=runs/demo
     python tools/checkpoints.py verify path=runs/demo
@@ -6,11 +6,11 @@
     python tools/checkpoints.py diff path=runs/a/checkpoints/step-00000100 other=runs/b/checkpoints/step-00000100
 
 `path` is a run's folder, its folder of checkpoints, or one checkpoint. `list` looks at names and sizes, and with
-`checksums=true` reads everything; `verify` always does. `diff` gives the largest difference of every tensor
-(fp32 master weights, exp_avg and exp_avg_sq) that is not the same bit for bit, and the tensors one side lacks.
-Files that a checkpoint's manifest does not list are no damage: `verify` names them.
+`checksums=true` reads everything; `verify` always does. `diff` prints the largest difference of every tensor (fp32
+master weights, exp_avg and exp_avg_sq) that is not bitwise equal, and the tensors missing on one side. Files that
+a checkpoint's manifest does not list are not damage; `verify` names them.
 
-Exit status: 0 all whole, or the same; 1 something is damaged, or differs; 2 wrong arguments.
+Exit status: 0 all whole, or equal; 1 something is damaged, or differs; 2 wrong arguments.
 """
 
 import sys
@@ -21,14 +21,12 @@ from pathlib import Path
 import torch
 from omegaconf import MISSING
 
-from tide_mega.checkpoint.errors import CheckpointError
-from tide_mega.checkpoint.folder import COMPLETE, CheckpointFolder, step_of
-from tide_mega.checkpoint.manifest import MANIFEST_FILE, Manifest
-from tide_mega.checkpoint.search import verify
-from tide_mega.checkpoint.whole import shapes, whole_tensor
-from tide_mega.config.errors import ConfigError, printable
+from tide_mega.checkpoint.folder import COMPLETE, CheckpointFolder, step_of, verify
+from tide_mega.checkpoint.storage import MANIFEST_FILE, Manifest
+from tide_mega.checkpoint.weights import shapes, whole_tensor
+from tide_mega.config.command_line import tool_entry
 from tide_mega.config.hydra_door import parse_tool_cli
-from tide_mega.config.pipe import tool_entry
+from tide_mega.errors import CheckpointError, ConfigError, printable
 
 COMMANDS = ("list", "verify", "diff")
 
@@ -46,7 +44,7 @@ class Options:
 
 
 def find(path: str) -> list[Path]:
-    """Return the checkpoints a path means, oldest first.
+    """Return the checkpoints that a path refers to, oldest first.
 
     Raises:
         ConfigError: there are none.
@@ -61,7 +59,7 @@ def find(path: str) -> list[Path]:
 
 
 def describe(path: Path, problems: list[str] | None) -> str:
-    """Return a checkpoint's line; `problems` is None where it was not verified."""
+    """Return a checkpoint's line; `problems` is None if it was not verified."""
     size = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
     saved = path / MANIFEST_FILE
     when = time.strftime(
@@ -72,7 +70,7 @@ def describe(path: Path, problems: list[str] | None) -> str:
 
 
 def quick_problems(path: Path) -> list[str] | None:
-    """Return what names and sizes tell is wrong; None where they tell nothing."""
+    """Return the problems visible from names and sizes; None if these tell nothing."""
     try:
         return Manifest.read(path).problems_outside(path) or None
     except CheckpointError as error:
@@ -80,7 +78,7 @@ def quick_problems(path: Path) -> list[str] | None:
 
 
 def foreign(path: Path) -> list[str]:
-    """Return what lies in a checkpoint's folder without being part of it; nothing where that is not known."""
+    """Return files in a checkpoint's folder that are not part of it; empty if that is not known."""
     try:
         return Manifest.read(path).foreign(path)
     except CheckpointError:
@@ -148,7 +146,7 @@ def main(argv: list[str] | None = None) -> int:
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
-    except (CheckpointError, OSError) as error:  # OSError: a training removes what it no longer keeps
+    except (CheckpointError, OSError) as error:  # OSError: a running training may remove old checkpoints
         print(error, file=sys.stderr)
         return 1
 

@@ -1,13 +1,13 @@
-"""Compile the GPU kernels ahead of time, without a GPU, and show what they need of a multiprocessor.
+"""Compiles the GPU kernels ahead of time, without a GPU, and shows what they need of a multiprocessor.
 
     python tools/compile_kernels.py
     python tools/compile_kernels.py arch=sm_90 kernel=mix_forward blocks=8,24 out=kernels.json
 
-A line for each kernel, architecture, K, D and dtype, with the tiles of tide_mega/kernels/tuning.json: registers
-and spilled bytes of a thread, shared memory of a program, the share of a multiprocessor's warps that fit beside
-each other (computed from these three), and the bits of the widest load from global memory. The exit status is 1
-if a kernel spills, fits nowhere, or reads rows in less than 128 bits at a time. Needs triton; compiled kernels are
-kept in TRITON_CACHE_DIR.
+Prints a line for each kernel, architecture, K, D and dtype, with the tiles of tide_mega/kernels/tuning.json:
+registers and spilled bytes per thread, shared memory per program, occupancy (the share of a multiprocessor's warps
+that fit at once, computed from these three), and the bits of the widest load from global memory. The exit status
+is 1 if a kernel spills, fits nowhere, or reads rows in less than 128 bits at a time. Needs triton; compiled
+kernels are kept in TRITON_CACHE_DIR.
 """
 
 import importlib.util
@@ -17,12 +17,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tide_mega.bench.table import aligned
-from tide_mega.config.errors import ConfigError, refuse
+from tide_mega.config.command_line import tool_entry
 from tide_mega.config.hydra_door import parse_tool_cli
-from tide_mega.config.pipe import tool_entry
-from tide_mega.data.atomic import write_json
+from tide_mega.errors import ConfigError, refuse
+from tide_mega.files import write_json
 from tide_mega.kernels.tuning import KERNELS, find
+from tide_mega.lab.bench.show import aligned
 
 ARCHITECTURES = ("sm_90", "sm_100")
 DTYPES = ("bf16", "fp32")
@@ -54,7 +54,7 @@ def compile_all(options: CompileOptions, done: Callable[[int, int], None]) -> li
         ConfigError: an option is wrong, or triton is not installed.
     """
     _validate(options)
-    # Here, so that --help needs no triton.
+    # Imported here so that --help needs no triton.
     from tide_mega.kernels.aot import report
 
     cases = [
@@ -113,7 +113,7 @@ def show(reports: list[Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the tool; returns its exit status: 0, 1 where a kernel has a fault, 2 for a bad option."""
+    """Run the tool; return its exit status: 0, 1 where a kernel has a fault, 2 for a bad option."""
     options = parse_tool_cli(CompileOptions, argv, doc=__doc__ or "")
 
     def done(number: int, total: int) -> None:

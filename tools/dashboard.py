@@ -1,25 +1,24 @@
-"""Create the W&B dashboard of a project, or bring it up to date: a saved workspace, loss by frequency first.
+"""Creates or updates the W&B dashboard of a project: a saved workspace, loss by frequency first.
 
     python tools/dashboard.py entity=my-team project=tide_mega
     python tools/dashboard.py entity=my-team run=runs/demo
     python tools/dashboard.py json=dashboard.json
 
-Run again, it replaces the workspace of the same name, changes made to it by hand included. Metrics whose number
-depends on the model are found by regular expressions, so one dashboard serves every run of the project; with `run`
-each evaluation text of that run has a panel of its own. Saving needs a W&B login (`wandb login`, or
+A repeated run replaces the workspace of the same name, including changes made to it by hand. Metrics whose number
+depends on the model are matched by regular expressions, so one dashboard serves every run of the project; with
+`run` each evaluation text of that run gets a panel of its own. Saving needs a W&B login (`wandb login`, or
 WANDB_API_KEY); `json=path` and `dry_run=true` need none. tools/plot_run.py draws the same panels without W&B.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from tide_mega.config.errors import ConfigError
+from tide_mega.config.command_line import tool_entry
 from tide_mega.config.hydra_door import parse_tool_cli
-from tide_mega.config.pipe import tool_entry
-from tide_mega.dashboard.errors import status_of
-from tide_mega.dashboard.read import read_run
-from tide_mega.data.atomic import write_bytes
-from tide_mega.training.wandb_logger import has_login
+from tide_mega.errors import ConfigError, status_of
+from tide_mega.files import write_bytes
+from tide_mega.lab.dashboard.read import read_run
+from tide_mega.training.loggers import has_login
 
 
 @dataclass
@@ -41,14 +40,14 @@ class Options:
 
 
 def create(options: Options) -> None:
-    """Save the workspace, or write it down.
+    """Save the workspace to W&B, or write it to a file or standard output.
 
     Raises:
-        ConfigError: there is no login, or not the library.
+        ConfigError: there is no login, or the library is missing.
         DashboardError: the run cannot be read, or W&B refuses.
     """
     try:
-        from tide_mega.dashboard import workspace as door
+        from tide_mega.lab.dashboard import workspace as door
     except ModuleNotFoundError as error:
         if error.name and error.name.split(".")[0] == "wandb_workspaces":
             raise ConfigError(

@@ -1,17 +1,17 @@
-"""Give the commands generated inputs: each must end in success, or in a sentence and a documented exit status.
+"""Feeds the commands generated inputs: each must end in success, or in a sentence and a documented exit status.
 
     python tools/fuzz_inputs.py
     python tools/fuzz_inputs.py cases=1000 seed=7 kinds=words,files
     python tools/fuzz_inputs.py seed=7 only=123
 
-Kinds of cases (tide_mega/bench/odd_inputs.py): `words` of a training's configuration, `tools` and their arguments,
+Kinds of cases (tide_mega/lab/bench/odd_inputs.py): `words` of a configuration, `tools` and their arguments,
 `files` of text to prepare, `folders` of prepared data and of runs with something cut, overwritten, removed or
-added. Everything happens in a temporary folder and in this one process: the trainings are of a step or two, and
-nothing asks the network.
+added. Everything happens in a temporary folder and in this one process; the trainings take a step or two, and
+nothing accesses the network.
 
-A case fails where an exception escapes, more than one sentence is on standard error, the status is none of
-tide_mega/config/exits.py, or nothing comes for `seconds`. It is named with what it printed; `only` with its number
-and the same seed and kinds repeats it. Exit status: 0 no case failed, 1 some did, 2 wrong arguments.
+A case fails if an exception escapes, if more than one sentence is on standard error, if the status is none of
+tide_mega/errors.py, or if it takes longer than `seconds`. A failed case is named with its output; `only` with its
+number and the same seed and kinds repeats it. Exit status: 0 no case failed, 1 some did, 2 wrong arguments.
 """
 
 import contextlib
@@ -35,13 +35,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from tide_mega.bench.odd_inputs import KINDS, SMALL_RUN, Case, Material
-from tide_mega.bench.own_text import prepare_own_text
-from tide_mega.config.errors import refuse
-from tide_mega.config.exits import Exit
+from tide_mega.config.command_line import hush_libraries, tool_entry
 from tide_mega.config.hydra_door import hydra_entry, parse_tool_cli
-from tide_mega.config.noise import hush_libraries
-from tide_mega.config.pipe import tool_entry
+from tide_mega.errors import Exit, refuse
+from tide_mega.lab.bench.odd_inputs import KINDS, SMALL_RUN, Case, Material
+from tide_mega.lab.bench.text import prepare_own_text
 
 INTERRUPTED = 130
 _PROGRESS = re.compile(r"\d+%\||it/s\]|B/s\]")
@@ -71,15 +69,15 @@ class Ending:
     stdout: str
     stderr: str
     escaped: str = ""
-    """Traceback of an exception that came out of it."""
+    """Traceback of an exception that escaped."""
 
 
 class TooLongError(BaseException):
-    """The case takes longer than it may; no handler of the commands takes it for an error of theirs."""
+    """A case exceeded its time; a type that no handler of the commands catches."""
 
 
 def complaint(ending: Ending) -> str | None:
-    """Say what is wrong with how a command ended; None if nothing is."""
+    """Return what is wrong with the end of a command; None if nothing is."""
     if ending.escaped:
         return f"an exception escaped: {ending.escaped.strip().splitlines()[-1]}"
     if "Traceback (most recent call last)" in ending.stdout + ending.stderr:
@@ -96,7 +94,7 @@ def complaint(ending: Ending) -> str | None:
 
 
 def end_of(case: Case, seconds: int) -> Ending:
-    """Run a command in this process and look how it ends."""
+    """Run a command in this process and return how it ended."""
     out, err, escaped, status = io.StringIO(), io.StringIO(), "", 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), _alarm(seconds):
         try:
@@ -126,7 +124,7 @@ def _module(name: str) -> Any:
     spec = importlib.util.spec_from_file_location(f"fuzzed_{name}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # the options' help is read from their source
+    sys.modules[spec.name] = module  # dataclass help is read from the module's source
     spec.loader.exec_module(module)
     return module
 
@@ -146,7 +144,7 @@ def _alarm(seconds: int) -> Iterator[None]:
 
 
 def make_material(folder: Path) -> Material:
-    """Prepare text and train on it; the cases start from that."""
+    """Prepare text and train on it; the cases start from the results."""
     data = prepare_own_text(folder, 640)
     words = [*SMALL_RUN, f"data.path={data}", f"run.root={folder}/runs", "run.name=sound"]
     ending = end_of(Case("train", words), seconds=300)
@@ -155,7 +153,7 @@ def make_material(folder: Path) -> Material:
 
 
 def check(options: Options, folder: Path) -> int:
-    """Run the cases, print those that fail; return how many did."""
+    """Run the cases and print those that fail; return their number."""
     material = make_material(folder / "material")
     found: Counter[str] = Counter()
     failed = 0
@@ -165,7 +163,7 @@ def check(options: Options, folder: Path) -> int:
         kind = options.kinds[number % len(options.kinds)]
         place = folder / "a" / "b" / str(number)
         place.mkdir(parents=True)
-        os.chdir(place)  # what is written to a relative path, to ../.. too, stays below `folder`
+        os.chdir(place)  # files written to relative paths, even ../.., stay below `folder`
         case = KINDS[kind](random.Random(f"{options.seed}/{number}"), place, material)
         ending = end_of(case, options.seconds)
         found["success" if ending.status == 0 else f"status {ending.status}"] += 1

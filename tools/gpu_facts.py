@@ -1,4 +1,4 @@
-"""What tools/gpu_check.sh asks: versions and optional libraries, the model that fits, the last throughput."""
+"""Answers the questions of tools/gpu_check.sh: versions and libraries, the largest model that fits, throughput."""
 
 import importlib
 import importlib.metadata
@@ -7,10 +7,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from tide_mega.config.command_line import tool_entry
 from tide_mega.config.device_memory import device_memory
-from tide_mega.config.errors import ConfigError
 from tide_mega.config.hydra_door import compose, parse_tool_cli
-from tide_mega.config.pipe import tool_entry
+from tide_mega.errors import ConfigError
 
 CANDIDATES = ("tide_8e_3b", "tide_8e_1b", "tide_8e_750m", "tide_8e_350m")
 BATCH = ("trainer.global_batch_size=16", "trainer.micro_batch_size=2")
@@ -31,7 +31,7 @@ class Options:
 
 
 def versions() -> list[str]:
-    """Versions of torch, triton and the engines, and which optional libraries import."""
+    """Return the versions of torch, triton and the engines, and which optional libraries import."""
     lines = []
     for name in ("torch", "triton", "megatron-core", "deepspeed"):
         try:
@@ -46,13 +46,13 @@ def _describe_optional(name: str) -> str:
         module = importlib.import_module(name)
     except ImportError as error:
         return f"{name}: not importable ({error})"
-    except Exception as error:  # a library built for another CUDA fails in its own ways
+    except Exception as error:  # a library built for another CUDA may raise anything
         return f"{name}: installed but broken ({type(error).__name__}: {error})"
     return f"{name}: found, version {getattr(module, '__version__', 'unknown')}"
 
 
 def largest_fitting(memory_bytes: int) -> str:
-    """The first of `CANDIDATES` whose training step fits.
+    """Return the first of `CANDIDATES` whose training step fits.
 
     Raises:
         ConfigError: none fits.
@@ -69,7 +69,7 @@ def largest_fitting(memory_bytes: int) -> str:
 
 
 def last_throughput(path: Path) -> str:
-    """Step, loss, tokens/s and MFU of the last line that has them.
+    """Return step, loss, tokens/s and MFU of the last line that has them.
 
     Raises:
         ConfigError: the file is missing or has no such line.
@@ -88,7 +88,7 @@ def last_throughput(path: Path) -> str:
 
 
 def main() -> None:
-    """Print what was asked for."""
+    """Print the requested facts."""
     options = parse_tool_cli(Options, doc=__doc__ or "")
     try:
         if options.fits:

@@ -1,16 +1,16 @@
-"""Kill a training at random instants, resume it, and compare what it ends with.
+"""Kills a training at random instants, resumes it, and compares the final state with an undisturbed run's.
 
     python tools/kill_test.py --kills 50 --seed 1
 
 Trains a small model (2 memory blocks whose rows are owned by tensor x data) in 2 processes on this machine's CPU,
-with an asynchronous checkpoint every few steps, once without a disturbance. Then the same training again and
-again: both processes get SIGKILL at an instant drawn from the seed, and the run is resumed in new processes, until
-so many kills have been made. Every run that reaches its end is compared: the SHA-256 of all tables, weights and
-moments of its last checkpoint with the undisturbed run's.
+with an asynchronous checkpoint every few steps, once undisturbed. Then it repeats the same training: both
+processes get SIGKILL at an instant drawn from the seed, and the run is resumed in new processes, until `kills`
+kills have been made. For every run that reaches its end, the SHA-256 of all tables, weights and moments of its
+last checkpoint is compared with the undisturbed run's.
 
 A third of the kills come at a time uniform over the life of the processes (start, resume, steps, saves), a third
-as soon as a save has begun, a third as soon as a manifest appears. The table says in which state each kill
-found the folder. After each kill every checkpoint with a complete name must be whole.
+as soon as a save has begun, a third as soon as a manifest appears. The table shows in which state each kill found
+the folder. After each kill every checkpoint with a complete name must be whole.
 
 Exit status: 0 all equal; 1 a difference, a damaged checkpoint with a complete name, or a run that failed; 2 wrong
 arguments.
@@ -25,7 +25,11 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from tide_mega.bench.killable import (
+from tide_mega.config.command_line import tool_entry
+from tide_mega.config.hydra_door import compose, parse_tool_cli
+from tide_mega.config.schema import TideConfig
+from tide_mega.errors import ConfigError, refuse
+from tide_mega.lab.bench.killable import (
     MARK,
     PROCESSES,
     Training,
@@ -35,11 +39,7 @@ from tide_mega.bench.killable import (
     saves_of,
     state_of,
 )
-from tide_mega.bench.own_text import prepare_own_text
-from tide_mega.config.errors import ConfigError, refuse
-from tide_mega.config.hydra_door import compose, parse_tool_cli
-from tide_mega.config.pipe import tool_entry
-from tide_mega.config.schema import TideConfig
+from tide_mega.lab.bench.text import prepare_own_text
 
 RUN = [
     *("experiment=demo_tide", "memory=k2", "memory.owners=tensor_data", "parallel.zero_stage=2"),
@@ -88,7 +88,7 @@ def check(options: Options, folder: Path) -> int:
     if not undisturbed.finish():
         print(f"the undisturbed training failed: see {folder / 'undisturbed.log'}", file=sys.stderr)
         return 1
-    undisturbed = start("timed")  # the first also waited for the fork server's imports
+    undisturbed = start("timed")  # the first one also waited for the fork server's imports
     if not undisturbed.finish():
         return 1
     life = undisturbed.seconds
@@ -139,10 +139,10 @@ def check(options: Options, folder: Path) -> int:
 
 
 def read_arguments(words: list[str]) -> Options:
-    """Take `--kills 50` as well as `kills=50`.
+    """Accept `--kills 50` as well as `kills=50`.
 
     Raises:
-        ConfigError: a number that cannot be.
+        ConfigError: a number out of range.
         SystemExit: `--help`, or a wrong key or type.
     """
     joined: list[str] = []

@@ -1,17 +1,17 @@
-"""Bytes the memory's exchange moves in a step, against dense data-parallel sync, on real text.
+"""Bytes per step of the memory's exchange, against dense data-parallel synchronisation, on real text.
 
     python tools/memory_plan.py
     python tools/memory_plan.py text=corpus/ tokenizer=tokenizer.json data=64 out=plan.json
     python tools/memory_plan.py text=data/corpus blocks=8
 
-Counts the distinct token types U among what a data-parallel rank reads in a step, then predicts, for each
-number of blocks K, the bytes of a rank each way (mean of sent and received, on both sides) and the time on its
-link: `dense`, with the tables replicated over data parallelism (reduce-scatter of the gradients, all-gather of
-the weights), against `exchange`, with each row owned by one rank and distinct rows fetched, and their gradients
-returned, once a step. What the exchange moves besides among the tensor ranks and stages of one replica has its
-own column; what the other approach moves there is not counted. A last table gives the memory a rank needs for
-either. The formulas are those of tide_mega.memory.traffic; what a whole step needs, activations included, is in
-tide_mega.config.device_memory and is checked against `cluster.memory_gb` before a training starts.
+Counts the distinct token types U that a data-parallel rank reads in a step, then predicts, for each number of
+blocks K, the bytes of a rank each way (mean of sent and received, on both sides) and the time on its link. `dense`
+has the tables replicated over data parallelism (reduce-scatter of the gradients, all-gather of the weights);
+`exchange` has each row owned by one rank, and once a step fetches distinct rows and returns their gradients. What
+the exchange also moves among the tensor ranks and stages of one replica has its own column; what the other
+approach moves there is not counted. A last table gives the memory a rank needs for either. The formulas are those
+of tide_mega.memory.traffic; the memory of a whole step, activations included, is in tide_mega.config.device_memory
+and is checked against `cluster.memory_gb` before a training starts.
 """
 
 import importlib.util
@@ -20,27 +20,27 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tide_mega.bench.table import aligned
-from tide_mega.config.errors import ConfigError, refuse
+from tide_mega.config.command_line import tool_entry
 from tide_mega.config.hydra_door import parse_tool_cli
-from tide_mega.config.pipe import tool_entry
-from tide_mega.data.atomic import write_json
-from tide_mega.data.errors import DataError
 from tide_mega.data.tokenizer import load_tokenizer
+from tide_mega.errors import ConfigError, DataError, refuse
+from tide_mega.files import write_json
+from tide_mega.lab.bench.show import aligned
 from tide_mega.memory.distinct import (
     DistinctTypes,
+    PlanOptions,
     Sequences,
     is_prepared,
     measure,
     open_prepared,
     tokenise,
+    validate_plan_options,
 )
-from tide_mega.memory.plan_options import PlanOptions, validate_plan_options
 from tide_mega.memory.traffic import GIGA, Layout, Tables, dense_sync, exchange, owner_memory, plain_memory
 
 
 def plan(options: PlanOptions) -> dict[str, Any]:
-    """Measures the text and applies the formulas; returns what `out` receives.
+    """Measure the text and apply the formulas; return what `out` receives.
 
     Raises:
         ConfigError: an option is wrong.
@@ -129,7 +129,7 @@ def _installed_tokenizer() -> Path:
 
 
 def show(found: dict[str, Any]) -> str:
-    """The tables of a plan, as text."""
+    """Return the tables of a plan as text."""
     options = PlanOptions(**found["options"])
     layout = f"tensor {options.tensor} x data {options.data} x pipeline {options.pipeline}"
     return "\n\n".join(
@@ -190,12 +190,12 @@ def _memory_table(memory: list[dict[str, Any]]) -> str:
 
 
 def _aligned(head: str, rows: list[str]) -> str:
-    """Right-aligned columns; cells are split at spaces, and _ in the head becomes one."""
+    """Return right-aligned columns; cells are separated by spaces, and _ in the header becomes a space."""
     return aligned([word.replace("_", " ") for word in head.split()], [row.split() for row in rows])
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the tool; returns its exit status: 0, 1 for bad text, 2 for a bad option."""
+    """Run the tool; return its exit status: 0, 1 for bad text, 2 for a bad option."""
     options = parse_tool_cli(PlanOptions, argv, doc=__doc__ or "")
     try:
         found = plan(options)

@@ -1,16 +1,16 @@
-"""What the tests of a room notice: small mistakes planted in its code one at a time, each judged by its tests.
+"""Mutation testing: plants small mistakes in the code of a room, one at a time, and runs the room's tests on each.
 
     python tools/mutate.py                                  # a sample of every room
     python tools/mutate.py rooms=memory,data count=40 out=mutants.json
-    python tools/mutate.py rooms=data only=permutation.py count=1000
+    python tools/mutate.py rooms=data only=frequency.py count=1000
 
-A mutant is one change: a comparison, sum, condition, number or truth value turned into its neighbour, a call, an
-addition in place or a refusal left out. It is written into a copy of the checkout and judged by the test files of
-its module, stopping at the first failure: killed, or survived. Survivors are listed with file and line: each is a
-test that is missing, or a change without effect. Libraries are imported once and each mutant is judged in a fork,
-which takes seconds; processes that tests start see it too. Linux and macOS.
+A mutant is one change: a comparison, sum, condition, number or truth value turned into its neighbour, or a call,
+an addition in place or a refusal left out. It is written into a copy of the checkout and judged by the test files
+of its module, stopping at the first failure: killed, or survived. Survivors are listed with file and line; each is
+a missing test, or a change without effect. Libraries are imported once and each mutant is judged in a fork, which
+takes seconds; processes that tests start see the mutant too. Linux and macOS.
 
-Exit status: 0 all mutants were judged, whatever became of them; 1 tests fail without a mutant; 2 wrong arguments.
+Exit status: 0 all mutants were judged, whatever the verdicts; 1 tests fail without a mutant; 2 wrong arguments.
 """
 
 import ast
@@ -30,17 +30,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from tide_mega.config.errors import refuse
+from tide_mega.config.command_line import hush_libraries, tool_entry
 from tide_mega.config.hydra_door import parse_tool_cli
-from tide_mega.config.noise import hush_libraries
-from tide_mega.config.pipe import tool_entry
+from tide_mega.errors import refuse
 
 ROOT = Path(__file__).resolve().parents[1]
 PRELOADED = ("torch", "numpy", "matplotlib.pyplot", "hypothesis", "pytest", "megatron.core.models.gpt")
-"""Imported before the first mutant; the project itself never is."""
+"""Imported before the first mutant is judged; the project itself is not."""
 PATIENCE = 4.0
 GRACE_SECONDS = 60.0
-"""A mutant that takes longer than so many times its tests without one, and these seconds, counts as killed."""
+"""A mutant whose tests take longer than PATIENCE times their usual time plus GRACE_SECONDS counts as killed."""
 LOG = "mutant.log"
 PYTEST = "-x -q -p no:cacheprovider --hypothesis-seed=0"
 OWN = ("tide_mega", "tests")
@@ -70,11 +69,11 @@ OPERATIONS: dict[type[ast.operator], type[ast.operator]] = {
     ast.RShift: ast.LShift,
 }
 SPEAKING = frozenset({"log", "print", "logging", "warnings"})
-"""Calls on these leave nothing behind but words."""
+"""Names whose calls only produce messages."""
 
 
-def _room(folder: str, tests: str, **judges: str) -> dict[str, tuple[str, ...]]:
-    """Files of a folder, each with the test files that judge it: names of modules and tests, without `.py`."""
+def _room(folder: str, tests: str, /, **judges: str) -> dict[str, tuple[str, ...]]:
+    """Map files of a folder to the test files that judge them; names without `.py`, `__` for `/`."""
     return {
         f"{folder}/{module.replace('__', '/')}.py": tuple(f"{tests}/test_{name}.py" for name in names.split())
         for module, names in judges.items()
@@ -85,9 +84,8 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
     "memory": _room(
         "tide_mega/memory",
         "tests/memory",
-        deal="deal",
-        ranges="ranges table_gradient",
-        table_gradient="table_gradient",
+        ranges="ranges deal table_gradient",
+        owned="owned table_gradient",
         plan="plan route",
     ),
     "kernels": _room(
@@ -112,29 +110,31 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
     ),
     "engine": _room("tide_mega/parallel", "tests/parallel", engine="engine", gradients="gradients"),
     "checkpoints": _room(
-        "tide_mega/checkpoint", "tests/checkpoint", boxes="boxes", search="damage", manifest="damage"
+        "tide_mega/checkpoint",
+        "tests/checkpoint",
+        contents="boxes",
+        folder="damage",
+        storage="storage damage",
     ),
     "data": _room(
         "tide_mega/data",
         "tests/data",
-        permutation="permutation",
-        packing="packing",
         index="index stream",
-        units="units",
         frequency="frequency",
-        loader="loader",
+        loader="loader permutation",
+        prepare__inputs="inputs units",
+        prepare__worker="packing",
     ),
-    "deciles": _room("tide_mega/metrics", "tests/metrics", deciles="deciles", exact_deciles="exact_deciles")
+    "deciles": _room("tide_mega/metrics", "tests/metrics", deciles="deciles exact_deciles")
     | _room(
-        "tide_mega/diagnostics/deciles", "tests/diagnostics", check="decile_check", comparison="decile_report"
+        "tide_mega/lab/figures", "tests/figures", deciles="decile_check", decile_comparison="decile_report"
     ),
     "refusals": _room("tide_mega/config", "tests/config", validate="validate", shape_rules="shape_rules"),
     "reactions": _room(
         "tide_mega/training/faults",
         "tests/training/faults",
-        policy="policy",
-        spike="spike",
-        straggler="straggler",
+        policy="policy spike",
+        stragglers="straggler",
     ),
 }
 
@@ -150,9 +150,9 @@ class MutateOptions:
     seed: int = 0
     """Of the draw."""
     only: str = ""
-    """Only files whose path ends so."""
+    """Only files whose path ends with this."""
     out: str | None = None
-    """Every mutant and what became of it, as JSON; what the file has already is counted and not judged again."""
+    """JSON file for every mutant and its verdict; mutants already in the file count and are not judged again."""
 
 
 @dataclass(frozen=True)
@@ -163,12 +163,12 @@ class Mutant:
     line: int
     what: str
     place: int
-    """Of the changed node among those that `ast.walk` gives."""
+    """Index of the changed node in `ast.walk` order."""
 
 
 @dataclass(frozen=True)
 class Judged:
-    """A mutant and its end."""
+    """A mutant and its verdict."""
 
     room: str
     mutant: Mutant
@@ -177,7 +177,7 @@ class Judged:
 
     @property
     def line(self) -> str:
-        """For the log."""
+        """Return the line for the log."""
         mutant = self.mutant
         fate = "killed  " if self.killed else "SURVIVED"
         return f"{fate} {self.seconds:5.1f} s  {mutant.path}:{mutant.line}  {mutant.what}"
@@ -213,7 +213,7 @@ def mutate(source: str, mutant: Mutant) -> str:
 
 
 def _passed_over(tree: ast.AST) -> set[int]:
-    """Annotations, decorators, words and assertions: changes there show to a reader or to nobody."""
+    """Return nodes without effect on behaviour: annotations, decorators, messages and assertions."""
     kept_out: list[ast.AST] = []
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef):
@@ -242,7 +242,7 @@ def _asserts(node: ast.AST) -> bool:
 
 
 def _change(node: ast.AST) -> ast.AST | None:
-    """Return what a node (a shallow copy, to be changed) becomes; None where nothing is changed."""
+    """Return the changed node, given a shallow copy to modify; None if it is not changed."""
     match node:
         case ast.Compare(ops=[op]) if type(op) in COMPARISONS:
             node.ops = [COMPARISONS[type(op)]()]
@@ -276,7 +276,7 @@ class Judge:
         """Work in a copy."""
         self.copy = checkout
         os.environ["PYTHONPATH"] = str(checkout)
-        # Bytecode goes by size and second, and a mutant may have those of the one before.
+        # Cached bytecode is matched by size and mtime in seconds, which consecutive mutants may share.
         os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
         hush_libraries()
         for name in PRELOADED:
@@ -310,7 +310,7 @@ class Judge:
         return Judged(room, mutant, not survives, time.monotonic() - began)
 
     def _test(self, tests: Sequence[str]) -> None:
-        """Be the fork: never returns."""
+        """Run the tests as the forked child; never returns."""
         status = 1
         try:
             os.setpgid(0, 0)
@@ -335,7 +335,7 @@ class Judge:
 
 @contextlib.contextmanager
 def checkout_copy(root: Path) -> Iterator[Path]:
-    """Copy the checkout, without what git ignores, to a folder that ends with the context."""
+    """Context with a copy of the checkout, without ignored files, in a temporary folder."""
     listed = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard"], cwd=root, capture_output=True, text=True, check=True
     )
@@ -348,7 +348,7 @@ def checkout_copy(root: Path) -> Iterator[Path]:
 
 
 def drawn(options: MutateOptions, name: str, root: Path) -> list[Mutant]:
-    """The mutants of a room that are to be judged, in the order of its files."""
+    """Return the mutants of a room to judge, in the order of its files."""
     paths = [path for path in ROOMS[name] if path.endswith(options.only)]
     everything = [mutant for path in paths for mutant in mutants_of(path, (root / path).read_text())]
     few = random.Random(f"{name}/{options.seed}").sample(everything, min(options.count, len(everything)))
@@ -356,7 +356,7 @@ def drawn(options: MutateOptions, name: str, root: Path) -> list[Mutant]:
 
 
 def read_judged(out: Path | None) -> list[Judged]:
-    """What an earlier call has judged."""
+    """Return the verdicts of an earlier call."""
     if out is None or not out.exists():
         return []
     lines = json.loads(out.read_text())
@@ -364,7 +364,7 @@ def read_judged(out: Path | None) -> list[Judged]:
 
 
 def judge_rooms(options: MutateOptions, judge: Judge) -> list[Judged] | str:
-    """Judge what was drawn; return it with what `out` had, or why some tests cannot judge."""
+    """Judge the drawn mutants; return all verdicts, including those in `out`, or why tests cannot judge."""
     out = Path(options.out) if options.out else None
     judged = read_judged(out)
     known = {(of.room, of.mutant) for of in judged}
@@ -389,7 +389,7 @@ def judge_rooms(options: MutateOptions, judge: Judge) -> list[Judged] | str:
 
 
 def summary(judged: Sequence[Judged]) -> str:
-    """The score by room, and the survivors."""
+    """Return the score by room, and the survivors."""
     lines = []
     for name in dict.fromkeys(of.room for of in judged):
         fates = [of.killed for of in judged if of.room == name]

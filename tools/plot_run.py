@@ -1,13 +1,13 @@
-"""Draw what runs logged: the panels of the W&B dashboard, from files, without W&B.
+"""Draws what runs logged: the panels of the W&B dashboard, from files, without W&B.
 
     python tools/plot_run.py run=runs/demo out=plots
     python tools/plot_run.py run=base=runs/demo-k0,runs/demo-k4 out=plots
     python tools/plot_run.py run=runs/demo/wandb/offline-run-20260101_120000-abcd1234 out=plots
 
-A run is its folder, of which metrics.jsonl is read or, with `source=wandb` or where there is none, what an
-offline W&B run left in it; or such a run's folder or .wandb file. The file of a killed run is read as far as it is
-whole. `out` receives a PNG and an SVG of each section of the dashboard, and series.csv: every value logged, under
-the name it has in W&B. A panel without data is left out.
+A run is given as its folder, of which metrics.jsonl is read or, with `source=wandb` or where there is none, what
+an offline W&B run left in it; or as such an offline run's folder or .wandb file. The file of a killed run is read
+as far as it is intact. `out` receives a PNG and an SVG of each section of the dashboard, and series.csv: every
+value logged, under its W&B name. Panels without data are left out.
 """
 
 from dataclasses import dataclass
@@ -15,13 +15,12 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
-from tide_mega.config.errors import printable, refuse
+from tide_mega.config.command_line import tool_entry
 from tide_mega.config.hydra_door import parse_tool_cli
-from tide_mega.config.pipe import tool_entry
-from tide_mega.dashboard.describe import panels_without_data, remarks, summary
-from tide_mega.dashboard.errors import DashboardError, status_of
-from tide_mega.dashboard.plots import save_plots
-from tide_mega.dashboard.read import SOURCES, read_run
+from tide_mega.errors import DashboardError, printable, refuse, status_of
+from tide_mega.lab.dashboard.layout import panels_without_data, remarks, summary
+from tide_mega.lab.dashboard.plots import save_plots
+from tide_mega.lab.dashboard.read import SOURCES, read_run
 
 
 @dataclass
@@ -58,7 +57,7 @@ def plot(options: Options) -> None:
             "run", ",".join(options.run), f"has two runs called {twice!r}", "name them, as in a=path,b=path"
         )
     for run in runs:
-        print(printable(summary(run)))  # another's run has the names that another chose
+        print(printable(summary(run)))  # a run of someone else has labels of their choosing
         for remark in remarks(run):
             print(f"  note: {printable(remark)}")
     names = [name for run in runs for name in run.names()]

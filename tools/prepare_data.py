@@ -1,25 +1,24 @@
-"""Tokenise text into a dataset for training: shards, index, token counts and frequency deciles.
+"""Tokenises text into a dataset for training: shards, index, token counts and frequency deciles.
 
     python tools/prepare_data.py inputs=corpus/ out=data/corpus tokenizer=tokenizer.json
     python tools/prepare_data.py inputs=stdlib out=data/demo tokenizer=bpe:8192
 
-Reads .txt (a document a file), .jsonl, .ndjson and .json (an object a line), each as it is or compressed (.gz,
-.zst, .xz, .bz2), .parquet, and folders of them. Hidden files in folders are left out and counted; so are files
-of other kinds. Interrupted, it goes on where it stopped when the same command is given again.
+Reads .txt (one document per file), .jsonl, .ndjson and .json (one object per line), each plain or compressed (.gz,
+.zst, .xz, .bz2), .parquet, and folders of them. Hidden files in folders and files of other kinds are left out and
+counted. After an interruption the same command continues where it stopped.
 """
 
 import sys
 
-from tide_mega.config.errors import ConfigError
+from tide_mega.config.command_line import tool_entry
 from tide_mega.config.hydra_door import parse_tool_cli
-from tide_mega.config.pipe import tool_entry
-from tide_mega.data.errors import DataError
-from tide_mega.data.options import PrepareOptions
-from tide_mega.data.prepare import prepare
+from tide_mega.data.prepare.options import PrepareOptions
+from tide_mega.data.prepare.pipeline import prepare
+from tide_mega.errors import ConfigError, DataError
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the tool; returns its exit status: 0, 1 for bad data or a disk that fails, 2 for a bad option, 7 where
+    """Run the tool; return its exit status: 0, 1 for bad data or a disk that fails, 2 for a bad option, 7 where
     `out` is in use.
     """
     options = parse_tool_cli(PrepareOptions, argv, doc=__doc__ or "")

@@ -1,11 +1,11 @@
-"""Time tile sizes of the GPU kernels on this GPU and write the fastest into the kernels' table.
+"""Times tile sizes of the GPU kernels on this GPU and writes the fastest into the kernels' table.
 
     python tools/tune_kernels.py
     python tools/tune_kernels.py blocks=8 kernel=mix_forward tokens=32768 write=false
 
-Tokens are distributed as text is, values are bf16. The candidates take turns; each one's result is compared with
-the first one's. Shown are the median, the bytes the kernel must move at least, and the bandwidth that makes. The
-entries of this architecture for these K and D in tide_mega/kernels/tuning.json are replaced and say what was
+Tokens are distributed as in text; values are bf16. The candidates take turns, and each result is compared with the
+first one's. The output shows the median, the least bytes the kernel must move, and the resulting bandwidth. The
+entries of this architecture for these K and D in tide_mega/kernels/tuning.json are replaced and record what was
 timed. Without a CUDA device it says so and exits with status 3.
 """
 
@@ -16,14 +16,14 @@ from pathlib import Path
 
 import torch
 
-from tide_mega.bench.ids import draw_ids
-from tide_mega.bench.mix_bytes import mix_floor_bytes
-from tide_mega.bench.timing import Spread, Stopwatch, take_turns
-from tide_mega.config.errors import ConfigError, refuse
+from tide_mega.config.command_line import tool_entry
 from tide_mega.config.hydra_door import parse_tool_cli
-from tide_mega.config.pipe import tool_entry
+from tide_mega.errors import ConfigError, refuse
 from tide_mega.kernels.token_order import TokenOrder
 from tide_mega.kernels.tuning import KERNELS, TABLE, Entry, Tile, arch_of, load, save
+from tide_mega.lab.bench.measure import Spread, Stopwatch, take_turns
+from tide_mega.lab.bench.mix import mix_floor_bytes
+from tide_mega.lab.bench.text import draw_ids
 
 NO_DEVICE = 3
 CANDIDATES = {
@@ -95,12 +95,12 @@ class Case:
 
     run: Callable[[Tile], torch.Tensor]
     bytes: int
-    """It must read and write at least."""
+    """Least bytes it must read and write."""
 
 
 def cases_of(options: TuneOptions, blocks: int, device: torch.device) -> dict[str, Case]:
     """Prepare random inputs of every kernel on the device."""
-    # Here, so that --help needs no triton.
+    # Imported here so that --help needs no triton.
     from tide_mega.kernels.mix.triton import mix_backward, mix_forward
     from tide_mega.kernels.norm_router.router_gradient import router_gradient
     from tide_mega.kernels.norm_router.triton import norm_router_backward, norm_router_forward
@@ -127,7 +127,7 @@ def cases_of(options: TuneOptions, blocks: int, device: torch.device) -> dict[st
         return total_UKD
 
     one = mix_floor_bytes(tokens=N, width=D, blocks=K, rows=U, layers=1, element=2)
-    # Besides the floor: the total is set to zero here, then read and written.
+    # In addition to the floor: here the total is zeroed, then read and written.
     summed = mix_floor_bytes(tokens=N, width=D, blocks=K, rows=U, layers=L, element=2)["row gradient"]
     summed += 2 * total_UKD.nbytes
     return {
@@ -173,7 +173,9 @@ def fastest(kernel: str, case: Case, repeats: int, device: torch.device) -> tupl
     for name, tile in tiles.items():
         try:
             result = case.run(tile).float()
-        except Exception as error:  # too large for the device: triton has a class for each reason
+        except (
+            Exception
+        ) as error:  # too large for the device: triton raises a different class for each reason
             print(f"  {tile} does not run: {str(error).splitlines()[0]}", file=sys.stderr)
             continue
         expected = result.clone() if expected is None else expected
@@ -199,7 +201,7 @@ def _action(case: Case, tile: Tile) -> Callable[[Stopwatch], None]:
 
 
 def replace(entries: list[Entry], found: list[Entry]) -> list[Entry]:
-    """The table with each found entry in the place of the one with the same bounds, or added."""
+    """Return the table with each found entry replacing the one with equal bounds, or appended."""
 
     def key(entry: Entry) -> tuple[str, str, int, int]:
         return entry.kernel, entry.arch, entry.most_blocks, entry.most_width
@@ -222,7 +224,7 @@ def _validate(options: TuneOptions) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the tool; returns its exit status: 0, 1 if a kernel fails, 2 for a bad option, 3 without a GPU."""
+    """Run the tool; return its exit status: 0, 1 if a kernel fails, 2 for a bad option, 3 without a GPU."""
     options = parse_tool_cli(TuneOptions, argv, doc=__doc__ or "")
     try:
         _validate(options)

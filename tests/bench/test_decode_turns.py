@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tide_mega.bench.decode_turns import Turns, take_turns
+from tide_mega.lab.bench.decode import Turns, take_turns
 
 
 def test_order_rotates_and_warmup_does_not_count():

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from tide_mega.bench.ids import MEASURED_TYPES, draw_ids, expected_types
+from tide_mega.lab.bench.text import MEASURED_TYPES, draw_ids, expected_types
 
 
 @pytest.mark.parametrize(("tokens", "types"), MEASURED_TYPES.items())

@@ -1,7 +1,7 @@
 import pytest
 
-from tide_mega.bench.live_case import LOGGED, RECORDING, LiveCost, recording
-from tide_mega.bench.timing import Spread
+from tide_mega.lab.bench.live_case import LOGGED, RECORDING, LiveCost, recording
+from tide_mega.lab.bench.measure import Spread
 
 
 def test_recording_is_what_gradients_of_logged_steps_take_longer():

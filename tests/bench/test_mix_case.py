@@ -3,10 +3,16 @@ import dataclasses
 import pytest
 import torch
 
-from tide_mega.bench.mix_bytes import mix_floor_bytes
-from tide_mega.bench.mix_case import BASELINE, MixCase, exact_results, make_inputs, run_mix
-from tide_mega.bench.mix_measure import measure_mix
-from tide_mega.bench.timing import Stopwatch
+from tide_mega.lab.bench.measure import Stopwatch
+from tide_mega.lab.bench.mix import (
+    BASELINE,
+    MixCase,
+    exact_results,
+    make_inputs,
+    measure_mix,
+    mix_floor_bytes,
+    run_mix,
+)
 
 CPU = torch.device("cpu")
 CASE = MixCase(tokens=37, width=12, blocks=3, layers=2, dtype="fp32", distribution="zipf", vocab=50)

@@ -2,8 +2,8 @@ import dataclasses
 
 import pytest
 
-from tide_mega.bench.step_bytes import OPTIMIZER, StepShape, memory_bytes, predict
 from tide_mega.config.schema import ModelConfig
+from tide_mega.lab.bench.step_bytes import OPTIMIZER, StepShape, memory_bytes, predict
 
 MODEL = ModelConfig(
     name="hand",

@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from tide_mega.bench import step_rounds
-from tide_mega.bench.step_rounds import measure_rounds, plan_rounds
 from tide_mega.config.device_memory import state_bytes
 from tide_mega.config.hydra_door import compose
+from tide_mega.lab.bench import step_measure as step_rounds
+from tide_mega.lab.bench.step_measure import measure_rounds, plan_rounds
 
 REGIONS = ("gradients", "optimizer", "total")
 

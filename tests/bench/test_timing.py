@@ -3,9 +3,8 @@ import time
 import pytest
 import torch
 
-from tide_mega.bench import timing
-from tide_mega.bench.bandwidth import measure_bandwidth
-from tide_mega.bench.timing import Spread, Stopwatch, take_turns
+from tide_mega.lab.bench import measure as timing
+from tide_mega.lab.bench.measure import Spread, Stopwatch, measure_bandwidth, take_turns
 
 CPU = torch.device("cpu")
 
@@ -59,7 +58,7 @@ def test_actions_take_turns_after_the_warmup(clock):
 
 def test_bandwidth_is_that_of_the_best_turn(monkeypatch):
     turns = {"copy": {"total": [2.0, 1.0]}, "triad": {"total": [3.0, 2.0]}}
-    monkeypatch.setattr("tide_mega.bench.bandwidth.take_turns", lambda *_: turns)
+    monkeypatch.setattr("tide_mega.lab.bench.measure.take_turns", lambda *_: turns)
     # 4,000 bytes are 1,000 values: a copy moves 8,000 bytes in a second, a triad 12,000 in two
     assert measure_bandwidth(CPU, size=4000) == 8000.0
 

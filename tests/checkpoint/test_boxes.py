@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from tide_mega.checkpoint.boxes import boxes_of_range, parts_of
+from tide_mega.checkpoint.contents import boxes_of_range, parts_of
 from tide_mega.model.canonical import Box, LocalWeight
 
 

@@ -9,11 +9,10 @@ import pytest
 import torch
 
 from tests.support.checkpoints import write_steps
-from tide_mega.checkpoint.errors import CheckpointError
-from tide_mega.checkpoint.folder import CheckpointFolder
-from tide_mega.checkpoint.manifest import Manifest
-from tide_mega.checkpoint.search import newest_valid, verify
-from tide_mega.checkpoint.whole import whole_tensor
+from tide_mega.checkpoint.folder import CheckpointFolder, newest_valid, verify
+from tide_mega.checkpoint.storage import Manifest
+from tide_mega.checkpoint.weights import whole_tensor
+from tide_mega.errors import CheckpointError
 
 FILES = ["rank-00000.safetensors", "rank-00001.safetensors", "tensors.json", "state.json", "manifest.json"]
 SEED = random.randrange(10**6)

@@ -16,7 +16,7 @@ from tests.support.checkpoints import (
 from tests.support.runs import train_here
 from tests.support.slow import quick_and_slow
 from tide_mega.checkpoint.folder import CheckpointFolder
-from tide_mega.checkpoint.whole import shapes
+from tide_mega.checkpoint.weights import shapes
 from tide_mega.parallel.groups import World
 from tide_mega.training.trainer import Trainer
 

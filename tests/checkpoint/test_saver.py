@@ -12,12 +12,12 @@ import torch.distributed as dist
 
 from tests.support.checkpoints import write_step
 from tests.support.runs import tiny, train_here
-from tide_mega.checkpoint import job, storage
-from tide_mega.checkpoint.errors import CheckpointError
-from tide_mega.checkpoint.folder import CheckpointFolder, step_of
-from tide_mega.checkpoint.job import Keep
-from tide_mega.checkpoint.search import newest_valid, verify
+from tide_mega.checkpoint import saver as job
+from tide_mega.checkpoint import storage
+from tide_mega.checkpoint.folder import CheckpointFolder, newest_valid, step_of, verify
+from tide_mega.checkpoint.saver import Keep
 from tide_mega.checkpoint.state import SavedState
+from tide_mega.errors import CheckpointError
 from tide_mega.parallel.groups import World
 from tide_mega.training.trainer import Trainer
 

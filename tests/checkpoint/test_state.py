@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 
 from tests.support.checkpoints import IDENTITY, write_step
-from tide_mega.checkpoint.errors import CheckpointError
 from tide_mega.checkpoint.state import Identity, SavedState, TrainingState
-from tide_mega.config.errors import ConfigError
 from tide_mega.config.hydra_door import compose
+from tide_mega.errors import CheckpointError, ConfigError
 
 
 def identity(*overrides, data="d", bins=b"b", world_size=8):

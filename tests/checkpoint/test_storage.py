@@ -15,12 +15,12 @@ from safetensors import safe_open
 
 import tide_mega
 from tests.support.checkpoints import write_step
-from tide_mega.checkpoint.errors import CheckpointError
-from tide_mega.checkpoint.planners import Stored, read, write
-from tide_mega.checkpoint.search import verify
+from tide_mega.checkpoint.contents import Stored, read, write
+from tide_mega.checkpoint.folder import verify
 from tide_mega.checkpoint.state import SavedState
 from tide_mega.checkpoint.storage import BoxWriter
-from tide_mega.checkpoint.whole import shapes, whole_tensor
+from tide_mega.checkpoint.weights import shapes, whole_tensor
+from tide_mega.errors import CheckpointError
 from tide_mega.model.canonical import Box
 
 

@@ -21,9 +21,9 @@ from tide_mega.config.device_memory import (
     update_bytes,
     working_bytes,
 )
-from tide_mega.config.errors import ConfigError
 from tide_mega.config.hydra_door import compose
 from tide_mega.config.sizes import count_parameters
+from tide_mega.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 REPLICATED = "memory.owners=tensor"

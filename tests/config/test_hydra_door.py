@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 
 from tide_mega.config.command_line import sort_words
-from tide_mega.config.describe import keyed
-from tide_mega.config.errors import ConfigError
-from tide_mega.config.exits import Exit
+from tide_mega.config.help import keyed
 from tide_mega.config.hydra_door import compose, from_yaml, to_yaml
+from tide_mega.errors import ConfigError, Exit
 
 ROOT = Path(__file__).parents[2]
 WRONG = [
@@ -180,7 +179,7 @@ def program(tmp_path_factory):
     path = tmp_path_factory.mktemp("program") / "train.py"
     path.write_text(
         "import logging, os\n"
-        "from tide_mega.config.errors import ConfigError\n"
+        "from tide_mega.errors import ConfigError\n"
         "from tide_mega.config.hydra_door import hydra_entry\n"
         "def main(config):\n"
         "    if config.data.path == 'broken': raise ConfigError('data.path=broken has no index')\n"

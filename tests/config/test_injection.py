@@ -1,8 +1,8 @@
 import pytest
 
-from tide_mega.config.errors import ConfigError
 from tide_mega.config.hydra_door import compose
-from tide_mega.config.injection import KINDS, parse_injection
+from tide_mega.config.validate import KINDS, parse_injection
+from tide_mega.errors import ConfigError
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.support.slow import quick_and_slow
-from tide_mega.config.errors import ConfigError
-from tide_mega.config.pipe import UNREAD, tool_entry
+from tide_mega.config.command_line import UNREAD, tool_entry
+from tide_mega.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 TOOLS = sorted(
@@ -60,14 +60,15 @@ def test_the_shell_calls_a_command_that_a_closed_pipe_ends_the_same():
 )
 def test_whatever_a_tool_writes_last(body, status):
     code = (
-        f"import sys\nfrom tide_mega.config.pipe import tool_entry\ndef main():\n    {body}\ntool_entry(main)"
+        "import sys\nfrom tide_mega.config.command_line import tool_entry\n"
+        f"def main():\n    {body}\ntool_entry(main)"
     )
     assert run_unread("-c", code) == (status, "")
 
 
 def test_another_pipe_that_breaks_is_an_error():
     code = (
-        "import os\nfrom tide_mega.config.pipe import tool_entry\n"
+        "import os\nfrom tide_mega.config.command_line import tool_entry\n"
         "def main():\n    r, w = os.pipe(); os.close(r); os.write(w, b'x')\ntool_entry(main)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)

@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 
 from tide_mega.config import shape_rules
-from tide_mega.config.errors import ConfigError
 from tide_mega.config.hydra_door import compose
 from tide_mega.config.validate import validate
+from tide_mega.errors import ConfigError
 
 OWNERS, REPLICATED = "memory.owners=tensor_data", "memory.owners=tensor"
 REFUSED = [

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from tide_mega.config.stored import DEEPEST, parse_json
+from tide_mega.files import DEEPEST, parse_json
 
 
 def nested(levels):

@@ -1,6 +1,6 @@
 import pytest
 
-from tide_mega.config.sweep_job import adopt_ranks
+from tide_mega.config.sweep import adopt_ranks
 
 JOB = {
     "SUBMITIT_EXECUTOR": "slurm",

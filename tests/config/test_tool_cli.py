@@ -3,7 +3,7 @@ from dataclasses import dataclass, field
 import pytest
 from omegaconf import MISSING
 
-from tide_mega.config.describe import describe
+from tide_mega.config.help import describe
 from tide_mega.config.hydra_door import parse_tool_cli
 
 

@@ -4,12 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from tide_mega.config.errors import ConfigError, StatedError
 from tide_mega.config.hydra_door import compose
 from tide_mega.config.schema import TideConfig
 from tide_mega.config.sweep import SweepLog
-from tide_mega.config.urls import is_url, without_credentials
 from tide_mega.config.validate import validate
+from tide_mega.errors import ConfigError, StatedError, is_url, without_credentials
 
 URL = "https://user:MARKER@example.org/a"
 

@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 
-from tide_mega.config.errors import ConfigError
 from tide_mega.config.hydra_door import compose
 from tide_mega.config.validate import CHOICES, NOT_NEGATIVE, POSITIVE, parent_of, total_steps, validate
+from tide_mega.errors import ConfigError
 
 CASES = [
     # overrides, world size, words that the sentence has

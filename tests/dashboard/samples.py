@@ -11,18 +11,18 @@ import pytest
 import wandb
 
 from tide_mega.config.schema import LoggingConfig
-from tide_mega.dashboard.blocks import BLOCK, CHUNK, HEADER
-from tide_mega.metrics.live_records import LiveRecord, WeightsRecord
-from tide_mega.metrics.names import (
-    eval_metrics,
-    event_metrics,
-    live_metrics,
-    train_metrics,
-    weights_metrics,
+from tide_mega.lab.dashboard.offline import BLOCK, CHUNK, HEADER
+from tide_mega.metrics.deciles import SLOTS
+from tide_mega.metrics.names import eval_metrics, event_metrics, live_metrics, train_metrics, weights_metrics
+from tide_mega.metrics.records import (
+    EvalRecord,
+    EventRecord,
+    LiveRecord,
+    TextResult,
+    TrainRecord,
+    WeightsRecord,
 )
-from tide_mega.metrics.records import EvalRecord, EventRecord, TextResult, TrainRecord
-from tide_mega.metrics.slots import SLOTS
-from tide_mega.training.wandb_logger import WandbLogger
+from tide_mega.training.loggers import WandbLogger
 
 SIZE = 3
 """Layers and tables of the samples."""

@@ -3,8 +3,8 @@ import random
 import pytest
 
 from tests.dashboard.samples import framed
-from tide_mega.dashboard.blocks import BLOCK, CHUNK, HEADER, read_frames
-from tide_mega.dashboard.errors import DashboardError
+from tide_mega.errors import DashboardError
+from tide_mega.lab.dashboard.offline import BLOCK, CHUNK, HEADER, read_frames
 
 
 def some_records(seed: int, sizes: list[int]) -> list[bytes]:

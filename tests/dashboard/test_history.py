@@ -3,7 +3,7 @@ from typing import Any
 
 import numpy as np
 
-from tide_mega.dashboard.history import Row, RunHistory, standing
+from tide_mega.lab.dashboard.history import Row, RunHistory, standing
 
 
 def train(step: int, tokens: int, loss: float = 1.0) -> Row:

@@ -3,8 +3,8 @@ import re
 import pytest
 
 from tests.dashboard.samples import EVENTS, all_names, all_rows
-from tide_mega.dashboard.layout import SECTIONS, uncovered
-from tide_mega.dashboard.panel import AXES, Panel, charts
+from tide_mega.lab.dashboard.layout import SECTIONS, uncovered
+from tide_mega.lab.dashboard.panel import AXES, Panel, charts
 
 PANELS = [panel for section in SECTIONS for panel in section.panels]
 

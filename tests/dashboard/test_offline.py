@@ -16,17 +16,10 @@ from tests.dashboard.samples import (
     weights_record,
     write_offline_run,
 )
-from tide_mega.dashboard.blocks import read_frames
-from tide_mega.dashboard.errors import DashboardError
-from tide_mega.dashboard.offline import read_offline
-from tide_mega.metrics.names import (
-    eval_metrics,
-    event_metrics,
-    live_metrics,
-    train_metrics,
-    weights_metrics,
-)
-from tide_mega.training.wandb_logger import WandbLogger
+from tide_mega.errors import DashboardError
+from tide_mega.lab.dashboard.offline import read_frames, read_offline
+from tide_mega.metrics.names import eval_metrics, event_metrics, live_metrics, train_metrics, weights_metrics
+from tide_mega.training.loggers import WandbLogger
 
 TRAIN = train_record(loss=5.123456789012345, grad_norm=math.inf, z_loss=math.nan)
 

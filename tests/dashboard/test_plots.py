@@ -6,12 +6,18 @@ import pytest
 from matplotlib.figure import Figure
 
 from tests.dashboard.samples import all_rows
-from tide_mega.dashboard.describe import panels_without_data, remarks, summary
-from tide_mega.dashboard.history import Row, RunHistory
-from tide_mega.dashboard.layout import LOSS, LOSS_BY_FREQUENCY, ROUTING, SECTIONS
-from tide_mega.dashboard.lines import in_legend, run_styles, short_number
-from tide_mega.dashboard.plots import draw, save_plots, series_csv
-from tide_mega.plotting.style import GREY
+from tide_mega.lab.dashboard.history import Row, RunHistory
+from tide_mega.lab.dashboard.layout import (
+    LOSS,
+    LOSS_BY_FREQUENCY,
+    ROUTING,
+    SECTIONS,
+    panels_without_data,
+    remarks,
+    summary,
+)
+from tide_mega.lab.dashboard.plots import draw, in_legend, run_styles, save_plots, series_csv, short_number
+from tide_mega.lab.plotting import GREY
 
 
 def history(label: str = "a", rows: list[Row] | None = None) -> RunHistory:

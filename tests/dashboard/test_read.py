@@ -17,10 +17,10 @@ from tests.dashboard.samples import (
     weights_record,
     write_offline_run,
 )
-from tide_mega.dashboard.errors import DashboardError
-from tide_mega.dashboard.read import read_run
+from tide_mega.errors import DashboardError
+from tide_mega.lab.dashboard.read import read_run
 from tide_mega.metrics.jsonl import JsonlLogger
-from tide_mega.training.wandb_logger import WandbLogger
+from tide_mega.training.loggers import WandbLogger
 
 
 def log_all(logger: WandbLogger | JsonlLogger) -> None:

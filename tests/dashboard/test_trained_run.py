@@ -2,10 +2,9 @@ from pathlib import Path
 
 import pytest
 
-from tide_mega.dashboard.describe import remarks, summary
-from tide_mega.dashboard.layout import LOSS_BY_FREQUENCY, ROUTING, TABLES
-from tide_mega.dashboard.panel import charts
-from tide_mega.dashboard.read import read_run
+from tide_mega.lab.dashboard.layout import LOSS_BY_FREQUENCY, ROUTING, TABLES, remarks, summary
+from tide_mega.lab.dashboard.panel import charts
+from tide_mega.lab.dashboard.read import read_run
 
 
 @pytest.mark.parametrize("k", [0, 2])

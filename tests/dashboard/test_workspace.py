@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from tests.dashboard.samples import all_names, forget_login
-from tide_mega.dashboard.errors import DashboardError
-from tide_mega.dashboard.layout import SECTIONS
+from tide_mega.errors import DashboardError
+from tide_mega.lab.dashboard.layout import SECTIONS
 
-door = pytest.importorskip("tide_mega.dashboard.workspace", reason="needs wandb-workspaces")
+door = pytest.importorskip("tide_mega.lab.dashboard.workspace", reason="needs wandb-workspaces")
 
 
 def sections(text: str) -> list[dict[str, Any]]:

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tide_mega.data.bpe import train_bpe
 from tide_mega.data.index import DatasetIndex
-from tide_mega.data.options import PrepareOptions
-from tide_mega.data.prepare import prepare
+from tide_mega.data.prepare.options import PrepareOptions
+from tide_mega.data.prepare.pipeline import prepare
+from tide_mega.data.prepare.vocabulary import train_bpe
 from tide_mega.data.tokenizer import HFTokenizer
 
 SENTENCE = (

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tide_mega.data import atomic
+from tide_mega import files as atomic
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ import pytest
 import zstandard
 
 from tests.data.test_documents import read, texts, the_bad, write
-from tide_mega.data.compressed import COMPRESSIONS
-from tide_mega.data.documents import BadRecord, Document
+from tide_mega.data.prepare.compressed import COMPRESSIONS
+from tide_mega.data.prepare.documents import BadRecord, Document
 
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {
     "gz": gzip.compress,

@@ -8,9 +8,8 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tide_mega.data.documents import BadRecord, Document, parse_json_line, read_piece
-from tide_mega.data.inputs import find_inputs
-from tide_mega.data.units import plan_units
+from tide_mega.data.prepare.documents import BadRecord, Document, parse_json_line, read_piece
+from tide_mega.data.prepare.inputs import find_inputs, plan_units
 
 
 def read(path: Path, text_key: str = "text", unit_bytes: int = 2**30) -> list[Document | BadRecord]:

@@ -6,7 +6,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tide_mega.data.errors import DataError
 from tide_mega.data.frequency import (
     BIN_GROUPS,
     DROPPED,
@@ -16,6 +15,7 @@ from tide_mega.data.frequency import (
     is_content,
     load_counts,
 )
+from tide_mega.errors import DataError
 
 
 class HandMadeTokenizer:

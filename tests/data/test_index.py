@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from tide_mega.data.errors import DataError
 from tide_mega.data.index import DatasetIndex, ShardRecord, SplitRecord, TokenizerRecord, Totals
+from tide_mega.errors import DataError
 
 INDEX = DatasetIndex(
     tokenizer=TokenizerRecord("tokenizer.json", "f" * 64, 512, 0),

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from tide_mega.config.errors import ConfigError
-from tide_mega.data.inputs import describe_links, find_inputs
+from tide_mega.data.prepare.inputs import describe_links, find_inputs
+from tide_mega.errors import ConfigError
 
 
 def write(path: Path, content: str = "x") -> Path:

@@ -8,14 +8,18 @@ import numpy as np
 import pytest
 import torch
 
-from tide_mega.config.errors import ConfigError
-from tide_mega.data.batch import IGNORE_LABEL, TokenBatch
-from tide_mega.data.errors import DataError
 from tide_mega.data.index import DatasetIndex, SplitRecord, TokenizerRecord, Totals
-from tide_mega.data.loader import TrainBatches, train_batches, validation_batches
-from tide_mega.data.packing import SplitWriter
-from tide_mega.data.permutation import Permutation
+from tide_mega.data.loader import (
+    IGNORE_LABEL,
+    Permutation,
+    TokenBatch,
+    TrainBatches,
+    train_batches,
+    validation_batches,
+)
+from tide_mega.data.prepare.worker import SplitWriter
 from tide_mega.data.stream import TokenStream
+from tide_mega.errors import ConfigError, DataError
 
 T = 8
 EOS = 60_000

@@ -19,19 +19,17 @@ import pytest
 
 from tests.data.test_compressed import COMPRESS
 from tests.data.test_documents import the_bad, write
-from tide_mega.config.errors import ConfigError
 from tide_mega.config.schema import DataConfig
-from tide_mega.data import parquet
-from tide_mega.data.documents import BadRecord, Document, read_piece
-from tide_mega.data.errors import DataError
 from tide_mega.data.index import DatasetIndex
-from tide_mega.data.inputs import find_inputs
-from tide_mega.data.lines import MAX_DOCUMENT_BYTES
-from tide_mega.data.options import PrepareOptions
+from tide_mega.data.prepare import parquet
+from tide_mega.data.prepare.compressed import MAX_DOCUMENT_BYTES
+from tide_mega.data.prepare.documents import BadRecord, Document, read_piece
+from tide_mega.data.prepare.inputs import find_inputs, plan_units
+from tide_mega.data.prepare.options import PrepareOptions
 from tide_mega.data.texts import TextSet
 from tide_mega.data.tokenizer import HFTokenizer
-from tide_mega.data.units import plan_units
-from tide_mega.evaluation import local
+from tide_mega.errors import ConfigError, DataError
+from tide_mega.lab.zero_shot import harness as local
 from tide_mega.memory import distinct
 
 Run = Callable[[PrepareOptions], DatasetIndex]

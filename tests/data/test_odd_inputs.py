@@ -13,11 +13,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from tide_mega.config.errors import ConfigError
-from tide_mega.data.errors import DataError
 from tide_mega.data.index import DatasetIndex
-from tide_mega.data.options import PrepareOptions
-from tide_mega.data.prepare import prepare
+from tide_mega.data.prepare.options import PrepareOptions
+from tide_mega.data.prepare.pipeline import prepare
+from tide_mega.errors import ConfigError, DataError
 
 Run = Callable[[PrepareOptions], DatasetIndex]
 MARK = b"\xef\xbb\xbf"

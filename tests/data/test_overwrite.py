@@ -7,12 +7,11 @@ from pathlib import Path
 import pytest
 
 from tests.data.test_prepare import contents, killed_at
-from tide_mega.config.errors import ConfigError
-from tide_mega.data.errors import DataError
 from tide_mega.data.index import DatasetIndex
-from tide_mega.data.options import PrepareOptions
-from tide_mega.data.prepare import prepare
+from tide_mega.data.prepare.options import PrepareOptions
+from tide_mega.data.prepare.pipeline import prepare
 from tide_mega.data.tokenizer import load_tokenizer
+from tide_mega.errors import ConfigError, DataError
 
 Run = Callable[[PrepareOptions], DatasetIndex]
 

@@ -9,9 +9,9 @@ import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tide_mega.data.errors import DataError
 from tide_mega.data.index import ShardRecord
-from tide_mega.data.packing import SplitWriter, dtype_for
+from tide_mega.data.prepare.worker import SplitWriter, dtype_for
+from tide_mega.errors import DataError
 
 
 def pack(

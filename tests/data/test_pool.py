@@ -13,7 +13,7 @@ def test_workers_die_with_a_killed_parent(tmp_path: Path, tokenizer_path: Path) 
         textwrap.dedent(f"""
         import multiprocessing, os, threading
         from concurrent.futures import ProcessPoolExecutor
-        from tide_mega.data.pool import _initialise
+        from tide_mega.data.prepare.pipeline import _initialise
 
         def wait_for_ever():
             os.write(1, b"ready\\n")
@@ -43,11 +43,11 @@ def test_a_killed_worker_is_a_clear_error(tmp_path: Path, tokenizer_path: Path) 
         textwrap.dedent(f"""
         import os, signal
         from pathlib import Path
-        from tide_mega.data import pool
-        from tide_mega.data.errors import DataError
-        from tide_mega.data.inputs import find_inputs
-        from tide_mega.data.units import plan_units
-        from tide_mega.data.worker import Job
+        from tide_mega.data.prepare import pipeline as pool
+        from tide_mega.errors import DataError
+        from tide_mega.data.prepare.inputs import find_inputs
+        from tide_mega.data.prepare.inputs import plan_units
+        from tide_mega.data.prepare.worker import Job
 
         pool.process_unit = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
         if __name__ == "__main__":

@@ -9,17 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tide_mega.config.errors import ConfigError
-from tide_mega.data import atomic
-from tide_mega.data.errors import DataError
+from tide_mega import files as atomic
 from tide_mega.data.frequency import DecileTable
 from tide_mega.data.index import DatasetIndex
-from tide_mega.data.options import PrepareOptions
-from tide_mega.data.prepare import prepare
-from tide_mega.data.state import STATE_FILE, locked
+from tide_mega.data.prepare.folder import STATE_FILE, locked
+from tide_mega.data.prepare.options import PrepareOptions
+from tide_mega.data.prepare.pipeline import prepare
+from tide_mega.data.prepare.worker import split_of
 from tide_mega.data.tokenizer import HFTokenizer, load_tokenizer
-from tide_mega.data.worker import split_of
-from tide_mega.jobs.folder_lock import FolderTakenError
+from tide_mega.errors import ConfigError, DataError
+from tide_mega.jobs.lock import FolderTakenError
 
 Run = Callable[[PrepareOptions], DatasetIndex]
 ReadSplit = Callable[[Path, str], tuple[np.ndarray, list[int]]]
@@ -180,7 +179,7 @@ def test_done_units_are_used_again_and_damaged_ones_are_not(
     options = replace(options, unit_bytes=3000)
     with monkeypatch.context() as patched:
         patched.setattr(
-            "tide_mega.data.prepare.merge", lambda *args: (_ for _ in ()).throw(RuntimeError("stop"))
+            "tide_mega.data.prepare.pipeline.merge", lambda *args: (_ for _ in ()).throw(RuntimeError("stop"))
         )
         with pytest.raises(RuntimeError, match="stop"):
             run(options)

@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 
 import tide_mega
-from tide_mega.config.errors import ConfigError
 from tide_mega.config.schema import DataConfig
 from tide_mega.data import stream as stream_module
-from tide_mega.data.errors import DataError, UnreadableShardError
 from tide_mega.data.index import DatasetIndex
-from tide_mega.data.options import PrepareOptions
+from tide_mega.data.prepare.options import PrepareOptions
 from tide_mega.data.stream import TokenStream
+from tide_mega.errors import ConfigError, DataError, UnreadableShardError
 
 
 @pytest.fixture
@@ -184,7 +183,7 @@ def test_wrong_arguments_are_named(dataset: Path, tmp_path: Path) -> None:
 
 def test_tokens_of_a_large_vocabulary_keep_their_32_bits(tmp_path: Path) -> None:
     from tide_mega.data.index import SplitRecord, TokenizerRecord, Totals
-    from tide_mega.data.packing import SplitWriter
+    from tide_mega.data.prepare.worker import SplitWriter
 
     writer = SplitWriter(
         tmp_path, "train", 0, vocab_size=128_256, eos_id=128_001, sample_tokens=5, shard_tokens=10

@@ -9,11 +9,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.data.conftest import make_text
-from tide_mega.config.errors import ConfigError
-from tide_mega.data.batch import IGNORE_LABEL, TokenBatch
-from tide_mega.data.errors import DataError
+from tide_mega.data.loader import IGNORE_LABEL, TokenBatch
 from tide_mega.data.texts import TextSet, text_name
 from tide_mega.data.tokenizer import HFTokenizer
+from tide_mega.errors import ConfigError, DataError
 
 
 def of_ids(ids: np.ndarray) -> TextSet:

@@ -7,9 +7,9 @@ import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
-from tide_mega.config.errors import ConfigError
-from tide_mega.data.bpe import train_bpe
+from tide_mega.data.prepare.vocabulary import train_bpe
 from tide_mega.data.tokenizer import HFTokenizer, Llama3Tokenizer, load_tokenizer
+from tide_mega.errors import ConfigError
 
 TEXTS = [
     "the quick brown fox",

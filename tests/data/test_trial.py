@@ -9,25 +9,24 @@ from pathlib import Path
 import pytest
 import tokenizers
 
-from tide_mega.config.errors import ConfigError
-from tide_mega.data import trial
-from tide_mega.data.errors import DataError
+from tide_mega.data import tokenizer as trial
 from tide_mega.data.index import DatasetIndex
-from tide_mega.data.options import PrepareOptions
+from tide_mega.data.prepare.options import PrepareOptions
+from tide_mega.data.prepare.vocabulary import dataset_tokenizer
 from tide_mega.data.tokenizer import MOST_TYPES, load_tokenizer
-from tide_mega.data.vocabulary import dataset_tokenizer
+from tide_mega.errors import ConfigError, DataError
 
 LOADER = """
 import json, os, sys
 sys.path[:] = json.loads(sys.argv[1])
-from tide_mega.data import tokenizer, trial
-from tide_mega.config.errors import ConfigError
+from tide_mega.data import tokenizer
+from tide_mega.errors import ConfigError
 
 def stand_in(path, eos_token):
     {act}
 
 tokenizer.load_untried = stand_in
-trial.try_here(*json.loads(sys.argv[2]))
+tokenizer.try_here(*json.loads(sys.argv[2]))
 """
 
 
@@ -142,7 +141,7 @@ def test_a_dataset_has_the_tokenizer_of_its_tokens(tiny_data: Path, tmp_path: Pa
 def test_options_of_a_preparation_name_no_crashing_tokenizer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tide_mega.data.prepare import prepare
+    from tide_mega.data.prepare.pipeline import prepare
 
     (tmp_path / "a.txt").write_text("text")
     path = tokenizer_file(tmp_path, {"</s>": 0})

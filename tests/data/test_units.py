@@ -1,8 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tide_mega.data.inputs import InputFile
-from tide_mega.data.units import plan_units
+from tide_mega.data.prepare.inputs import InputFile, plan_units
 
 
 def file(number: int, size: int, kind: str) -> InputFile:

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from tide_mega.data.batch import IGNORE_LABEL
-from tide_mega.data.errors import DataError
-from tide_mega.data.loader import train_batches, validation_batches
+from tide_mega.data.loader import IGNORE_LABEL, train_batches, validation_batches
 from tide_mega.data.stream import TokenStream
+from tide_mega.errors import DataError
 
 
 @pytest.fixture

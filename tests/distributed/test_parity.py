@@ -3,9 +3,9 @@
 import pytest
 
 from tests.support.slow import quick_and_slow
-from tide_mega.parity.case import Case
-from tide_mega.parity.deviation import BF16, FP32, over_ranks
-from tide_mega.parity.run import compare_gradients, compare_training, compare_updates
+from tide_mega.lab.parity.case import Case
+from tide_mega.lab.parity.check import BF16, FP32, over_ranks
+from tide_mega.lab.parity.run import compare_gradients, compare_training, compare_updates
 
 GRADIENT_CASES = [
     Case(tensor=tensor, sequence_parallel=sp, num_blocks=blocks, tie_embeddings=tied)

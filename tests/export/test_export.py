@@ -16,8 +16,7 @@ from tests.support.checkpoints import config_at
 from tests.support.exports import WITHOUT_MEMORY, RandomRun, random_run
 from tests.support.runs import train_here
 from tests.support.trained import reference_of
-from tide_mega.checkpoint.errors import CheckpointError
-from tide_mega.config.errors import ConfigError
+from tide_mega.errors import CheckpointError, ConfigError
 from tide_mega.export import shards, weights
 from tide_mega.export.__main__ import main
 from tide_mega.export.export import export
@@ -199,7 +198,7 @@ def test_a_diverged_memory_is_named(tiny_data, tmp_path, monkeypatch):
 WITH_LITTLE_DISK = """
 import resource, sys
 from tide_mega.export.__main__ import main
-from tide_mega.config.pipe import tool_entry
+from tide_mega.config.command_line import tool_entry
 resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
 tool_entry(lambda: main(sys.argv[1:]))
 """

@@ -5,10 +5,9 @@ from collections import namedtuple
 
 import pytest
 
-from tide_mega.config.errors import ConfigError
-from tide_mega.export.errors import ExportError
+from tide_mega.errors import ConfigError, ExportError
 from tide_mega.export.folder import NOTE_FILE, PARTIAL, REPLACED, new_folder, require_room
-from tide_mega.jobs.folder_lock import FolderTakenError
+from tide_mega.jobs.lock import FolderTakenError
 
 
 def make(out, content="weights", overwrite=False):

@@ -2,8 +2,8 @@ import pytest
 
 from tests.support.exports import UNTIED
 from tests.support.runs import tiny
-from tide_mega.bench.random_run import canonical_shapes
 from tide_mega.export.names import canonical_name, llama_name
+from tide_mega.lab.bench.random_run import canonical_shapes
 
 
 def test_every_weight_has_a_name_of_its_own_and_leads_back(tmp_path):

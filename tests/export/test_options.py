@@ -2,7 +2,7 @@ import re
 
 import pytest
 
-from tide_mega.config.errors import ConfigError
+from tide_mega.errors import ConfigError
 from tide_mega.export.__main__ import main
 from tide_mega.export.options import Choice, ExportOptions, choose
 

@@ -11,10 +11,10 @@ import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers, processors
 
-from tide_mega.config.errors import ConfigError
-from tide_mega.data.bpe import train_bpe
 from tide_mega.data.index import DatasetIndex
+from tide_mega.data.prepare.vocabulary import train_bpe
 from tide_mega.data.tokenizer import BYTE_OF_CHARACTER, HFTokenizer, Llama3Tokenizer
+from tide_mega.errors import ConfigError
 from tide_mega.export.tokenizer_files import converted, without_additions, write_tokenizer
 
 TEXTS = [

@@ -29,7 +29,7 @@ STEP_WAITS = {
     (f"{STAGE_3}.independent_gradient_partition_epilogue", "synchronize"): DEEPSPEED,
     ("tide_mega/memory/plan.py:plan_rows", "tolist"): "all sizes of an exchange, once a reading",
     ("tide_mega/parallel/engine.py:Engine._clip_together", "item"): "the norm, after the vote has waited",
-    ("tide_mega/training/faults/vote.py:take_vote", "tolist"): "the vote on the step",
+    ("tide_mega/training/faults/policy.py:take_vote", "tolist"): "the vote on the step",
 }
 
 EVALUATION_WAITS = {
@@ -37,7 +37,7 @@ EVALUATION_WAITS = {
         "tide_mega/kernels/vocab_loss/scores.py:vocab_scores",
         "sized by data",
     ): "labelled tokens alone are scored",
-    ("tide_mega/metrics/sums.py:SumAndCount.reduced", "copy to host"): "the result, once an evaluation",
+    ("tide_mega/metrics/deciles.py:SumAndCount.reduced", "copy to host"): "the result, once an evaluation",
     ("tide_mega/training/evaluation.py:Evaluator._groups_of", "copy to device"): "its tokens",
 }
 
@@ -61,16 +61,16 @@ DOUBLES = {
     "tide_mega/memory/ranges.py:_squares": "one number a row",
     "tide_mega/memory/ranges.py:row_squares": "one number a row",
     "tide_mega/memory/ranges.py:sum_by_block": "one number a row",
-    "tide_mega/memory/table_gradient.py:TableGradient.square_norms": "one number a block",
+    "tide_mega/memory/owned.py:TableGradient.square_norms": "one number a block",
     "tide_mega/metrics/deciles.py:DecileLoss.update": "sums over an evaluation, one number a token",
     "tide_mega/metrics/deciles.py:NullWeight.update": "sums over an evaluation, one number a token and layer",
-    "tide_mega/metrics/exact_deciles.py:ExactDecileLoss.update": "exact sums, one number a token",
-    "tide_mega/metrics/sums.py:SumAndCount.reduced": "sums by decile",
-    "tide_mega/metrics/sums.py:SumAndCount.reset": "sums by decile",
+    "tide_mega/metrics/deciles.py:ExactDecileLoss.update": "exact sums, one number a token",
+    "tide_mega/metrics/deciles.py:SumAndCount.reduced": "sums by decile",
+    "tide_mega/metrics/deciles.py:SumAndCount.reset": "sums by decile",
     "tide_mega/parallel/engine.py:Engine._clip_together": "the norm: one number",
     "tide_mega/parallel/engine.py:Engine.is_gradient_finite": "the owners' norm: one number",
-    "tide_mega/training/faults/vote.py:take_vote": "five numbers a rank",
-    "tide_mega/training/loss_window.py:LossWindow.add": "three numbers",
+    "tide_mega/training/faults/policy.py:take_vote": "five numbers a rank",
+    "tide_mega/training/report.py:LossWindow.add": "three numbers",
 }
 
 

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.fake_cuda
 
 OF_EVERY_STEP = {
     ("deepspeed/runtime/zero/stage_1_and_2.py:DeepSpeedZeroOptimizer.has_overflow", "item"): 1,
-    ("tide_mega/training/faults/vote.py:take_vote", "tolist"): 1,
+    ("tide_mega/training/faults/policy.py:take_vote", "tolist"): 1,
 }
 WAITS = {
     "baseline": OF_EVERY_STEP

@@ -15,19 +15,19 @@ from tide_mega.dryrun.groups import Mirror
 from tide_mega.dryrun.mode import dry_run
 from tide_mega.dryrun.rank import DryRank, build
 from tide_mega.dryrun.recorder import Collective, Recorder, Wait
-from tide_mega.model.passes import compute_gradients, read_ahead
+from tide_mega.model.steps import compute_gradients, read_ahead
 from tide_mega.parallel.groups import make_host_group
 from tide_mega.parallel.megatron_cpu import is_redirected
+from tide_mega.run.stop import Agreement, Interrupt
 from tide_mega.training import setup
 from tide_mega.training.batches import StepBatches
 from tide_mega.training.evaluation import Evaluator
 from tide_mega.training.faults.guard import StepGuard
-from tide_mega.training.interrupt import Agreement, Interrupt
-from tide_mega.training.loss_window import LossWindow
-from tide_mega.training.schedule_traffic import count_step
+from tide_mega.training.report import LossWindow
+from tide_mega.training.throughput import count_step
 
 VOTE, TOKENS_OF_VOTE = 5, 3
-"""Columns of `tide_mega.training.faults.vote`, and that of the tokens that a rank has losses of."""
+"""Columns of `tide_mega.training.faults.policy`, and that of the tokens that a rank has losses of."""
 STEPS = 3
 """Of which the last is looked at: memory made in the first is there."""
 

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from tests.support.runs import curve, tiny, train_here
+from tide_mega.lab.parity.case import Case
+from tide_mega.lab.parity.pool import WorkerPool
+from tide_mega.lab.parity.run import compare_gradients, compare_training, compare_updates
 from tide_mega.metrics.jsonl import read_metrics
 from tide_mega.parallel.determinism import deterministic_algorithms
 from tide_mega.parallel.device import choose_device, library_function
-from tide_mega.parity.case import Case
-from tide_mega.parity.pool import WorkerPool
-from tide_mega.parity.run import compare_gradients, compare_training, compare_updates
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -73,7 +73,7 @@ def test_a_deterministic_bf16_run_repeats_to_the_last_bit(tiny_data, tmp_path):
 def test_flash_attention_equals_sdpa(monkeypatch):
     from megatron.core.transformer.enums import AttnMaskType
 
-    from tide_mega.model import attention
+    from tide_mega.model import modules as attention
 
     core = attention.CausalCoreAttention(None, 1, AttnMaskType.causal, "self", rope_theta=10_000.0)
     torch.manual_seed(0)

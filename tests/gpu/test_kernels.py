@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from tide_mega.bench.ids import draw_ids
 from tide_mega.kernels.mix import mix
 from tide_mega.kernels.mix.naive import mix as naive_mix
 from tide_mega.kernels.norm_router import norm_and_route
@@ -12,6 +11,7 @@ from tide_mega.kernels.row_lookup import look_up
 from tide_mega.kernels.row_norm import row_norm
 from tide_mega.kernels.row_sum import add_rows
 from tide_mega.kernels.token_order import TokenOrder
+from tide_mega.lab.bench.text import draw_ids
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 CUDA = torch.device("cuda")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.support.trained import reference_of
-from tide_mega.data.batch import TokenBatch
+from tide_mega.data.loader import TokenBatch
 from tide_mega.parallel.device import choose_device
 from tide_mega.parallel.groups import World, start_distributed, stop_distributed
 from tide_mega.trained.model import TrainedModel

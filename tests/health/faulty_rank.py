@@ -12,7 +12,7 @@ from tests.support.runs import tiny
 from tide_mega.health import check as check_module
 from tide_mega.health import collective
 from tide_mega.parallel.groups import World
-from tide_mega.training.console import leave_at_once
+from tide_mega.run.console import leave_at_once
 
 FAULTS = ("none", "slow", "wrong", "stays away", "hangs", "dies")
 

@@ -11,7 +11,7 @@ from tests.support.runs import tiny
 from tide_mega.health import check as module
 from tide_mega.health.check import check
 from tide_mega.health.facts import Facts, _gpus
-from tide_mega.health.meeting import Meeting
+from tide_mega.health.meeting import StoreRendezvous
 from tide_mega.parallel.groups import World
 
 ROOT = Path(__file__).parents[2]
@@ -59,11 +59,11 @@ def test_a_rank_that_does_not_find_rank_0_says_so(tmp_path, capsys, monkeypatch)
 
 
 def test_a_meeting_collects_and_announces():
-    host = Meeting("127.0.0.1", 0, 0, 2, 5.0)
+    host = StoreRendezvous("127.0.0.1", 0, 0, 2, 5.0)
     heard = []
 
     def guest():
-        here = Meeting("127.0.0.1", host.store.port, 1, 2, 5.0)
+        here = StoreRendezvous("127.0.0.1", host.store.port, 1, 2, 5.0)
         assert here.collect("value", 11, {0, 1}) == {}
         heard.append(here.announce("sum"))
 

@@ -8,12 +8,12 @@ import pytest
 pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
 
-from tests.evaluation.texts import questions, words
-from tests.evaluation.tiny import text_scorer
-from tide_mega.evaluation import harness
-from tide_mega.evaluation.local import find_files
+from tests.zero_shot.texts import questions, words
+from tests.zero_shot.tiny import text_scorer
 from tide_mega.export.export import export
 from tide_mega.export.options import ExportOptions
+from tide_mega.lab.zero_shot import harness
+from tide_mega.lab.zero_shot.harness import find_files
 from tide_mega.trained.run import TrainedRun
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]

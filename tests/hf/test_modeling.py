@@ -357,7 +357,7 @@ def test_a_missing_shard_is_named(runs, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["tied", "untied"])
 def test_another_models_tokenizer_is_refused(exported, tmp_path, name):
-    from tide_mega.data.bpe import train_bpe
+    from tide_mega.data.prepare.vocabulary import train_bpe
 
     folder = damaged(exported(name), tmp_path / "hf")
     (folder / "tokenizer.json").write_text(train_bpe(["some other text altogether"] * 9, 300))

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from tests.support.exported import finished_rows, write_folder
+from tide_mega.errors import GenerationError
 from tide_mega.inference import decoder as decoder_module
 from tide_mega.inference.decoder import Decoder
-from tide_mega.inference.errors import GenerationError
 
 CASES = [(0, True), (3, True), (3, False)]
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}

@@ -8,8 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.support.exported import write_byte_tokenizer, write_folder
-from tide_mega.config.errors import ConfigError
-from tide_mega.inference.errors import FolderError
+from tide_mega.errors import ConfigError, FolderError
 from tide_mega.inference.folder import ModelFolder
 from tide_mega.inference.model_config import read_config
 

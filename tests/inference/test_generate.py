@@ -14,8 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tide_mega import generate
-from tide_mega.config.errors import StatedError
-from tide_mega.config.exits import Exit
+from tide_mega.errors import Exit, StatedError
 
 ROOT = Path(__file__).parents[2]
 

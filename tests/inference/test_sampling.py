@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from tide_mega.config.errors import ConfigError
+from tide_mega.errors import ConfigError, GenerationError
 from tide_mega.inference import sampling as sampling_module
-from tide_mega.inference.errors import GenerationError
 from tide_mega.inference.sampling import Sampler, Sampling, draw
 
 LOGITS_V = torch.tensor([0.3, 2.0, -1.0, 1.5, 0.0, -3.0])

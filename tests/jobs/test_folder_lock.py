@@ -11,18 +11,21 @@ from pathlib import Path
 
 import pytest
 
-from tide_mega.config.errors import ConfigError
-from tide_mega.config.exits import Exit
-from tide_mega.jobs import folder_lock, holder
-from tide_mega.jobs.folder_lock import (
+from tide_mega.errors import ConfigError, Exit
+from tide_mega.jobs import lock as folder_lock
+from tide_mega.jobs import lock as holder
+from tide_mega.jobs.lock import (
     LOCK_FILE,
     SILENCE,
     SILENCE_OF_ENDED_JOB,
     FolderLock,
     FolderTakenError,
+    Holder,
+    JobState,
+    job_state,
     release_held,
+    started_at,
 )
-from tide_mega.jobs.holder import Holder, JobState, job_state, started_at
 
 ELSEWHERE = Holder(
     token="their5",
@@ -103,7 +106,7 @@ def test_what_ends_a_process_at_once_gives_it_back_first(tmp_path):
 
 HOLDS = """
 import sys, pathlib
-from tide_mega.jobs.folder_lock import FolderLock
+from tide_mega.jobs.lock import FolderLock
 with FolderLock(pathlib.Path(sys.argv[1]), "a training", key="run.name"):
     print("holds", flush=True)
     sys.stdin.read()

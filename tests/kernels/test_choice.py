@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from tide_mega.config.errors import ConfigError
 from tide_mega.config.schema import KernelConfig
+from tide_mega.errors import ConfigError
 from tide_mega.kernels import choice
 from tide_mega.kernels.choice import choose_kernels
 

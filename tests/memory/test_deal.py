@@ -11,13 +11,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tide_mega.memory import deal
-from tide_mega.memory.deal import Deal
+from tide_mega.memory import ranges as deal
+from tide_mega.memory.ranges import OwnershipExchange
 
 
 def there_and_back(vocab_size, owners, group=None):
     """Return this process's range, and whether the way back gives what was dealt."""
-    deal = Deal(group or dist.group.WORLD, owners, vocab_size)
+    deal = OwnershipExchange(group or dist.group.WORLD, owners, vocab_size)
     table_VKD = torch.arange(vocab_size * 6, dtype=torch.float32).view(vocab_size, 2, 3)
     dealt = None
     if deal.owner is not None:

@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from tide_mega.config.errors import ConfigError
-from tide_mega.data.errors import DataError
+from tide_mega.errors import ConfigError, DataError
 from tide_mega.memory.distinct import Sequences, measure
 
 

@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 
 from tests.support.id_sets import exchanges
 from tests.support.tables import planned_route
-from tide_mega.memory.meter import TrafficMeter
+from tide_mega.memory.traffic import TrafficMeter
 
 BLOCKS, WIDTH = 2, 3
 ROW_BYTES, ID_BYTES = BLOCKS * WIDTH * 4, 8

@@ -6,8 +6,8 @@ Shapes: W rows, Q rows received, K blocks, D width.
 import pytest
 import torch
 
+from tide_mega.memory.owned import TableGradient
 from tide_mega.memory.ranges import row_squares, sum_by_block
-from tide_mega.memory.table_gradient import TableGradient
 
 ROWS, BLOCKS, WIDTH = 40, 3, 5
 READINGS = {

@@ -7,11 +7,11 @@ import torch
 import torch.distributed as dist
 
 from tests.support.tables import planned_route
-from tide_mega.memory.meter import TrafficMeter
 from tide_mega.memory.traffic import (
     Layout,
     Tables,
     Traffic,
+    TrafficMeter,
     Widths,
     dense_sync,
     exchange,

@@ -6,8 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tide_mega.metrics.deciles import DecileLoss, NullWeight
-from tide_mega.metrics.slots import SLOTS, SlotIndex
+from tide_mega.metrics.deciles import SLOTS, DecileLoss, NullWeight, SlotIndex
 
 # Types 0..9 in deciles 0..9, type 10 dropped, type 11 unseen, type 12 in decile 0 as well.
 BINS = torch.tensor([*range(10), -1, -2, 0], dtype=torch.int8)

@@ -3,9 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tide_mega.metrics.deciles import DecileLoss
-from tide_mega.metrics.exact_deciles import GRAIN, ExactDecileLoss
-from tide_mega.metrics.slots import SLOTS, SlotIndex
+from tide_mega.metrics.deciles import GRAIN, SLOTS, DecileLoss, ExactDecileLoss, SlotIndex
 
 BINS = torch.tensor([*range(10), -1, -2, 0], dtype=torch.int8)
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from tide_mega.metrics.deciles import DecileResult, NullWeightResult
 from tide_mega.metrics.jsonl import JsonlLogger, read_metrics
-from tide_mega.metrics.live_records import LiveRecord, WeightsRecord
 from tide_mega.metrics.names import live_metrics, weights_metrics
+from tide_mega.metrics.records import LiveRecord, WeightsRecord
 
 LIVE = LiveRecord.of(
     10,

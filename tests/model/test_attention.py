@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.enums import AttnMaskType
 
-from tide_mega.model.attention import CausalCoreAttention
+from tide_mega.model.modules import CausalCoreAttention
 from tide_mega.model.reference import rotate
 from tide_mega.parallel.determinism import deterministic_algorithms
 from tide_mega.parallel.device import Device
@@ -29,7 +29,7 @@ def plain(query, key, value, theta):
 
 @pytest.mark.parametrize(("heads", "groups", "has_kernel"), [(4, 4, True), (6, 2, True), (6, 2, False)])
 def test_attention_equals_the_written_out_formula_with_gradients(heads, groups, has_kernel, monkeypatch):
-    monkeypatch.setattr("tide_mega.model.attention.takes_groups", lambda _: has_kernel)
+    monkeypatch.setattr("tide_mega.model.modules.takes_groups", lambda _: has_kernel)
     torch.manual_seed(heads)
     query = torch.randn(9, 2, heads, 8, requires_grad=True)
     key, value = (torch.randn(9, 2, groups, 8, requires_grad=True) for _ in range(2))
@@ -68,7 +68,7 @@ def test_flash_attn_gets_16_bits_alone_in_its_own_layout_and_gives_the_same(monk
     query, key, value = torch.randn(9, 2, 6, 8), torch.randn(9, 2, 2, 8), torch.randn(9, 2, 2, 8)
     single = [x.bfloat16() for x in (query, key, value)]
     expected = core()(*single)
-    monkeypatch.setattr("tide_mega.model.attention.flash_attention", lambda _: flash)
+    monkeypatch.setattr("tide_mega.model.modules.flash_attention", lambda _: flash)
     torch.testing.assert_close(core()(*single), expected)
     with deterministic_algorithms(True, Device(torch.device("cpu"), "gloo", "cpu")):
         core()(*single)

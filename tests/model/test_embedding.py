@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tide_mega.lab.parity.case import Case, configuration
 from tide_mega.parallel.device import choose_device
 from tide_mega.parallel.groups import make_groups
-from tide_mega.parity.case import Case, configuration
 from tide_mega.training.setup import build_stage
 
 USES = 3000

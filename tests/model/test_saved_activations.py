@@ -12,8 +12,8 @@ from tide_mega.config.hydra_door import compose
 from tide_mega.config.schema import TideConfig
 from tide_mega.kernels.row_gradient import RowGradient
 from tide_mega.memory.plan import plan_rows
+from tide_mega.model.chunk import Targets
 from tide_mega.model.stage import TideStage
-from tide_mega.model.tide import Targets
 from tide_mega.model.weights import initialise
 from tide_mega.parallel.device import choose_device
 from tide_mega.parallel.groups import World, make_groups, start_distributed, stop_distributed

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
 
 from tide_mega.config.hydra_door import compose
+from tide_mega.lab.parity.case import Case, configuration
 from tide_mega.model.spec import transformer_config
-from tide_mega.parity.case import Case, configuration
 
 
 @pytest.mark.parametrize(

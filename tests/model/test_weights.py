@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from tide_mega.config.schema import MemoryConfig
+from tide_mega.lab.parity.case import Case, configuration
+from tide_mega.lab.parity.reference import canonical_parameters, reference_model
+from tide_mega.lab.parity.run import build_stage, local_weights
 from tide_mega.model.weights import InitialWeights, initialise
-from tide_mega.parity.case import Case, configuration
-from tide_mega.parity.reference import canonical_parameters, reference_model
-from tide_mega.parity.topology import build_stage, local_weights
 
 
 def initial_of(**memory):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.support.runs import TINY, curve, tiny, train_here, train_until
-from tide_mega.config.errors import ConfigError
+from tide_mega.errors import ConfigError
 from tide_mega.parallel.determinism import deterministic_algorithms
 from tide_mega.parallel.device import Device
 from tide_mega.parallel.groups import World, start_distributed, stop_distributed
@@ -124,7 +124,7 @@ START = """
 import sys, torch
 from tide_mega.config.hydra_door import compose
 from tide_mega.training import trainer
-from tide_mega.training.console import set_up_logging
+from tide_mega.run.console import set_up_logging
 
 set_up_logging()
 train = trainer.Trainer.run

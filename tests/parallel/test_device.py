@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tide_mega.config.errors import ConfigError
+from tide_mega.errors import ConfigError
 from tide_mega.parallel import device as device_module
 from tide_mega.parallel.device import (
     Device,

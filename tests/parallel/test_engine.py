@@ -9,11 +9,11 @@ import torch
 import torch.distributed as dist
 
 from tide_mega.config.schema import OptimConfig, ParallelConfig
+from tide_mega.lab.parity.case import Case, configuration
 from tide_mega.parallel.device import Device, choose_device
 from tide_mega.parallel.engine import Engine
 from tide_mega.parallel.engine_settings import EngineOptions, ParameterGroup
 from tide_mega.parallel.groups import make_groups
-from tide_mega.parity.case import Case, configuration
 from tide_mega.training.setup import build_engine, build_stage
 
 

@@ -1,8 +1,7 @@
 import pytest
 
-from tide_mega.config.errors import ConfigError
-from tide_mega.parity.case import Case, check_case, configuration
-from tide_mega.parity.grid import FULL, GRIDS, QUICK
+from tide_mega.errors import ConfigError
+from tide_mega.lab.parity.case import FULL, GRIDS, QUICK, Case, check_case, configuration
 
 
 def test_a_case_shows_what_differs_from_the_plain_one():

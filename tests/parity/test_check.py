@@ -1,7 +1,6 @@
-from tide_mega.parity.case import Case
-from tide_mega.parity.check import check_all
-from tide_mega.parity.deviation import Deviation
-from tide_mega.parity.pool import WorkerError
+from tide_mega.lab.parity.case import Case
+from tide_mega.lab.parity.check import Deviation, check_all
+from tide_mega.lab.parity.pool import WorkerError
 
 
 class FakePool:

@@ -2,8 +2,8 @@ import math
 
 import pytest
 
-from tide_mega.parity.case import Case
-from tide_mega.parity.deviation import BF16, FP32, Bounds, Deviation, bounds_of, largest, over_ranks
+from tide_mega.lab.parity.case import Case
+from tide_mega.lab.parity.check import BF16, FP32, Bounds, Deviation, bounds_of, largest, over_ranks
 
 NAN = math.nan
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tide_mega.parity.pool import WorkerError, WorkerPool, _by_text, default_timeout
+from tide_mega.lab.parity.pool import WorkerError, WorkerPool, _by_text, default_timeout
 
 
 def rank_and_threads(add):
@@ -46,7 +46,7 @@ def test_more_processes_may_take_longer():
 
 @pytest.mark.slow
 def test_a_pool_names_what_failed_and_starts_afresh(monkeypatch):
-    monkeypatch.setattr("tide_mega.parity.pool.LAST_WORDS_SECONDS", 0.2)
+    monkeypatch.setattr("tide_mega.lab.parity.pool.LAST_WORDS_SECONDS", 0.2)
     with WorkerPool(2) as pool:
         with pytest.raises(
             WorkerError, match=r"(?s)rank 0: no answer after another's failure\nrank 1: .*had enough"

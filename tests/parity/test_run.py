@@ -5,10 +5,9 @@ import math
 import pytest
 import torch
 
-from tide_mega.parity.case import Case, configuration
-from tide_mega.parity.reference import canonical_parameters, reference_model
-from tide_mega.parity.run import compare_training, relative
-from tide_mega.parity.topology import build_stage, expected_values, local_weights
+from tide_mega.lab.parity.case import Case, configuration
+from tide_mega.lab.parity.reference import canonical_parameters, reference_model
+from tide_mega.lab.parity.run import build_stage, compare_training, expected_values, local_weights, relative
 
 
 def test_relative_is_the_largest_difference_over_the_largest_magnitude():

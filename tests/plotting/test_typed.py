@@ -12,18 +12,16 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from tests.evaluation.test_compare import ARC, LAMBADA, result
-from tide_mega.dashboard.history import Row, RunHistory
-from tide_mega.dashboard.layout import LOSS
-from tide_mega.dashboard.plots import draw as draw_dashboard
-from tide_mega.diagnostics.distances.report import draw_heat_map
-from tide_mega.diagnostics.neighbours.plot import draw_overlaps
-from tide_mega.diagnostics.separation.measure import Separation
-from tide_mega.diagnostics.separation.plot import draw_heat, draw_lines
-from tide_mega.evaluation.compare import compare
-from tide_mega.evaluation.output import draw as draw_comparison
-from tide_mega.plotting.lines import lines
-from tide_mega.plotting.style import label, panels
+from tests.zero_shot.test_compare import ARC, LAMBADA, result
+from tide_mega.lab.dashboard.history import Row, RunHistory
+from tide_mega.lab.dashboard.layout import LOSS
+from tide_mega.lab.dashboard.plots import draw as draw_dashboard
+from tide_mega.lab.figures.distances import draw_heat_map
+from tide_mega.lab.figures.neighbours import draw_overlaps
+from tide_mega.lab.figures.separation import Separation, draw_heat, draw_lines
+from tide_mega.lab.plotting import label, lines, panels
+from tide_mega.lab.zero_shot.compare import compare
+from tide_mega.lab.zero_shot.output import draw as draw_comparison
 
 SOURCES = Path(__file__).parents[2] / "tide_mega"
 NAMES = (r"lr=$3e-4$ cost$", r"$\frac$", r"a\$b$c")
@@ -127,7 +125,7 @@ def test_tables_are_named_with_an_index() -> None:
 
 
 def test_there_is_no_other_way_to_a_figure() -> None:
-    """Whoever draws takes figures from `tide_mega.plotting`, whose texts are typed, and sets no mathematics."""
+    """Figures come from `tide_mega.lab.plotting` alone, which shows text as typed and sets no mathematics."""
     for path in sorted(SOURCES.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Figure":

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.slurm.conftest import wait_until
-from tide_mega.config.exits import WORTH_ANOTHER_START, Exit
+from tide_mega.errors import Exit
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
@@ -90,7 +90,7 @@ def test_where_requeue_is_not_allowed_the_log_says_how_to_go_on(cluster, home, s
 
 
 @pytest.mark.parametrize(
-    "status", sorted(set(Exit) - WORTH_ANOTHER_START - {Exit.DONE, Exit.ERROR, Exit.CHECKPOINT})
+    "status", sorted(set(Exit) - {Exit.STOPPED, Exit.HUNG} - {Exit.DONE, Exit.ERROR, Exit.CHECKPOINT})
 )
 def test_what_would_end_the_same_way_is_not_requeued(cluster, home, submit, status):
     job = submit(*ONE_TASK, "slurm/tide_1b.sh", f"status={status:d}", TIDE_CRASH_MINUTES="0")

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from tests.support.runs import TINY
-from tide_mega.config.exits import Exit
 from tide_mega.config.hydra_door import from_yaml
+from tide_mega.errors import Exit
 from tide_mega.metrics.jsonl import read_metrics
 
 ROOT = Path(__file__).parents[2]

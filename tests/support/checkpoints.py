@@ -9,15 +9,15 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from tests.support.runs import tiny
+from tide_mega.checkpoint.agreement import rank_and_size
+from tide_mega.checkpoint.contents import Stored
 from tide_mega.checkpoint.folder import CheckpointFolder
-from tide_mega.checkpoint.job import Destinations, Keep, save
-from tide_mega.checkpoint.planners import Stored
+from tide_mega.checkpoint.saver import Destinations, Keep, save
 from tide_mega.checkpoint.state import Identity, SavedState, TrainingState
-from tide_mega.checkpoint.together import place
-from tide_mega.checkpoint.whole import whole_tensors
+from tide_mega.checkpoint.weights import whole_tensors
 from tide_mega.config.schema import TideConfig
 from tide_mega.model.canonical import Box
-from tide_mega.model.passes import compute_gradients
+from tide_mega.model.steps import compute_gradients
 from tide_mega.parallel.groups import World
 from tide_mega.training.trainer import Trainer
 
@@ -75,7 +75,7 @@ def write_step(
     folder: Path, step: int, group: ProcessGroup | None = None, save_id: str = "some", **other: object
 ) -> None:
     """Save a made-up state whose values are the step."""
-    rank, world = place(group)
+    rank, world = rank_and_size(group)
     state = SavedState(f"{save_id}{step}", TrainingState(step=step), step, IDENTITY)
     save(Rows(rank, world, float(step)), state, destinations(folder, **other), group)
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from tide_mega.hf.memory_tide import RowFormat, finished, write_sidecar
 from tide_mega.model.reference import ReferenceShape, ReferenceTide
+from tide_mega.parallel.device import DTYPES
 
 PART_ROWS = 40
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def random_reference(shape: ReferenceShape, seed: int = 0) -> ReferenceTide:

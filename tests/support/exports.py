@@ -9,9 +9,9 @@ from torch import Tensor
 
 from tests.support.runs import tiny
 from tests.support.trained import reference_of
-from tide_mega.bench.random_run import write_random_run
 from tide_mega.export.export import export
 from tide_mega.export.options import ExportOptions
+from tide_mega.lab.bench.random_run import write_random_run
 from tide_mega.trained.run import TrainedRun
 
 WITHOUT_MEMORY = ("memory=none",)

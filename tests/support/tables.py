@@ -7,10 +7,10 @@ import numpy as np
 import torch
 
 from tide_mega.config.schema import OptimConfig, ParallelConfig
-from tide_mega.memory.meter import TrafficMeter
+from tide_mega.memory.exchange import Owners, Route
 from tide_mega.memory.owned import Fetch, OwnedTables
 from tide_mega.memory.plan import plan_rows
-from tide_mega.memory.route import Owners, Route
+from tide_mega.memory.traffic import TrafficMeter
 from tide_mega.parallel.groups import make_groups
 
 BLOCKS, WIDTH = 2, 3

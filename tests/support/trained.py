@@ -2,8 +2,8 @@
 
 import torch
 
+from tide_mega.lab.parity.reference import canonical_parameters, reference_model
 from tide_mega.model.reference import ReferenceTide
-from tide_mega.parity.reference import canonical_parameters, reference_model
 from tide_mega.trained.run import TrainedRun
 
 

@@ -112,7 +112,7 @@ def test_auto_takes_the_largest_model_that_fits_every_k(tool):
         ("steps=0", "steps=0 is too small: give 1 or more"),
         ("blocks=-1", "blocks=[-1] is not a list of numbers from 0"),
         ("mfu=1.5", "mfu=1.5 is not a share: give more than 0 and at most 1"),
-        ("gpu=v100", "gpu=v100 is unknown: use h100, h200, b200"),
+        ("gpu=v100", "gpu=v100 is unknown: use GB300, B300, GB200, B200, H200 NVL, H200"),
         ("warmup=-1", "warmup=-1 is negative: give 0 or more"),
         ("plot=/nowhere/a.png", "lies in a folder that does not exist: make the folder first"),
         ("overrides=memory.banks=3", "memory.banks"),

@@ -5,11 +5,9 @@ import threading
 import pytest
 
 from tests.support.tools import tool_module
-from tide_mega.parity.case import Case
-from tide_mega.parity.check import compare
-from tide_mega.parity.deviation import Deviation
-from tide_mega.parity.grid import FULL, QUICK
-from tide_mega.parity.pool import WorkerPool
+from tide_mega.lab.parity.case import FULL, QUICK, Case
+from tide_mega.lab.parity.check import Deviation, compare
+from tide_mega.lab.parity.pool import WorkerPool
 
 SOUND = Deviation(1e-7, 2e-7, {"layers.0.mlp.linear_fc1.weight": 3e-6, "memory.tables": 1e-7})
 

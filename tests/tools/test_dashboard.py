@@ -8,9 +8,9 @@ from types import ModuleType
 
 import pytest
 
-import tide_mega.dashboard
 from tests.dashboard.samples import eval_record, forget_login, renumbered, train_record
 from tests.support.tools import tool_module
+from tide_mega.lab import dashboard as dashboard_package
 from tide_mega.metrics.jsonl import JsonlLogger
 
 
@@ -86,8 +86,8 @@ def test_a_missing_run_or_library_is_said(
 ) -> None:
     assert dashboard.main(["dry_run=true", f"run={tmp_path / 'absent'}"]) == 1
     assert "is no folder" in capsys.readouterr().err
-    monkeypatch.delitem(sys.modules, "tide_mega.dashboard.workspace", raising=False)
-    monkeypatch.delattr(tide_mega.dashboard, "workspace", raising=False)
+    monkeypatch.delitem(sys.modules, "tide_mega.lab.dashboard.workspace", raising=False)
+    monkeypatch.delattr(dashboard_package, "workspace", raising=False)
     monkeypatch.setitem(sys.modules, "wandb_workspaces.workspaces", None)
     assert dashboard.main(["dry_run=true"]) == 2
     assert "pip install 'tide_mega[dashboard]'" in capsys.readouterr().err

@@ -1,8 +1,8 @@
 import pytest
 
 from tests.support.tools import tool_module
-from tide_mega.bench.odd_inputs import KINDS
-from tide_mega.config.exits import Exit
+from tide_mega.errors import Exit
+from tide_mega.lab.bench.odd_inputs import KINDS
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.tools import tool_module
-from tide_mega.config.errors import ConfigError
+from tide_mega.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 

@@ -9,8 +9,8 @@ import pytest
 
 from tests.support.checkpoints import write_step
 from tests.support.tools import tool_module
-from tide_mega.bench.killable import MARK, damaged, digest, state_of
-from tide_mega.config.errors import ConfigError
+from tide_mega.errors import ConfigError
+from tide_mega.lab.bench.killable import MARK, damaged, digest, state_of
 
 ROOT = Path(__file__).parents[2]
 

@@ -9,7 +9,7 @@ from tests.support.tools import tool_module
 from tide_mega.data.index import DatasetIndex
 from tide_mega.data.stream import TokenStream
 from tide_mega.data.tokenizer import load_tokenizer
-from tide_mega.memory.plan_options import PlanOptions
+from tide_mega.memory.distinct import PlanOptions
 
 SMALL = ["seq_length=8", "tokens=8,16", "memory_tokens=16", "blocks=2", "width=4", "data=4", "micro_batch=2"]
 

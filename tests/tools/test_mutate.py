@@ -4,12 +4,13 @@ import functools
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from tests.support.tools import tool_module
-from tide_mega.config.errors import ConfigError
+from tide_mega.errors import ConfigError
 
 SOURCE = '''
 """Words."""
@@ -51,6 +52,12 @@ def test_words_annotations_decorators_and_assertions_are_left_alone(tool):
         "value < 0 -> value <= 0",
         "value < 0 and (not bounds) -> value < 0 or not bounds",
     ]
+
+
+def test_every_file_of_every_room_and_each_of_its_tests_is_there(tool):
+    root = Path(tool.__file__).parents[1]
+    named = {name for room in tool.ROOMS.values() for file, tests in room.items() for name in (file, *tests)}
+    assert not [name for name in sorted(named) if not (root / name).is_file()]
 
 
 def bare(text):

@@ -7,8 +7,9 @@ from tests.support.checkpoints import config_at
 from tests.support.runs import train_here
 from tests.support.trained import reference_of
 from tide_mega.config.schema import ParallelConfig
-from tide_mega.data.batch import TokenBatch
-from tide_mega.parity.run import relative
+from tide_mega.data.loader import TokenBatch
+from tide_mega.lab.parity.run import relative
+from tide_mega.model.stage import MemoryReading
 from tide_mega.trained.model import TrainedModel
 from tide_mega.trained.run import TrainedRun
 
@@ -27,7 +28,7 @@ def test_scores_are_the_references(tiny_runs, alone, k):
     batches = [batch_of(0), batch_of(1)]
     # Labels that the model would choose itself, so that both answers occur.
     batches[1].labels_BT[:, ::2] = reference.logits(batches[1].tokens_BT)[0].argmax(-1)[:, ::2]
-    for batch, scored in zip(batches, model.score(batches), strict=True):
+    for batch, scored in zip(batches, model.score(batches, routers="null"), strict=True):
         logits_BTV, alphas = reference.logits(batch.tokens_BT)
         expected = reference(batch.tokens_BT, batch.labels_BT)
         torch.testing.assert_close(scored.cross_entropy_BT, expected.cross_entropy_BT, rtol=0, atol=2e-6)
@@ -184,18 +185,62 @@ def test_an_earlier_checkpoint_is_another_model(tiny_runs, alone):
     assert not torch.equal(early, late)
 
 
+def test_a_pass_that_fails_leaves_nothing_on_the_board(tiny_runs, alone, monkeypatch):
+    model = TrainedModel(TrainedRun.open(tiny_runs[2]), alone)
+    board, batch = model.stage.board, batch_of()
+    before = model.score([batch], routers="null")[0]
+
+    def fail(*_, **__):
+        raise RuntimeError("planted")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tide_mega.model.steps.run_microbatches", fail)
+        for routers in ("nothing", "null", "all"):
+            with pytest.raises(RuntimeError, match="planted"):
+                model.score([batch], routers=routers)
+            assert (board.alpha_L, board.rows_UKD, board.sink) == (None, None, None)
+        with pytest.raises(RuntimeError, match="planted"):
+            model.row_gradients(batch)
+        assert (board.rows_UKD, board.sink) == (None, None)
+    after = model.score([batch], routers="null")[0]
+    assert torch.equal(before.null_weight_LBT, after.null_weight_LBT)
+
+
+def test_a_reading_that_is_over_holds_no_rows(tiny_runs, alone, monkeypatch):
+    model = TrainedModel(TrainedRun.open(tiny_runs[2]), alone)
+    readings = []
+
+    class Kept(MemoryReading):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            assert self.memory_UKD is not None
+            readings.append(self)
+
+    monkeypatch.setattr("tide_mega.model.steps.MemoryReading", Kept)
+    model.score([batch_of()])
+    (over,) = readings
+    assert (over.rows_UKD, over.memory_UKD, over.fetch) == (None, None, None)
+
+
+def test_router_weights_that_nobody_asked_for_are_not_collected(tiny_runs, alone, monkeypatch):
+    model = TrainedModel(TrainedRun.open(tiny_runs[2]), alone)
+    monkeypatch.setattr(type(model.stage), "null_weights", None)
+    (scored,) = model.score([batch_of()])
+    assert scored.null_weight_LBT is None and scored.alpha_LBTJ is None
+
+
 def scores_here(path, words, batch):
     from tide_mega.parallel.device import choose_device
 
     model = TrainedModel(TrainedRun.open(path), choose_device("cpu", 0), parallel=ParallelConfig(**words))
-    scored = model.score([batch, batch])[1]
+    scored = model.score([batch, batch], routers="null")[1]
     return scored.cross_entropy_BT, scored.is_top_BT, scored.null_weight_LBT
 
 
 @pytest.mark.parametrize("words", [{"tensor": 2}, {"pipeline": 2}, {"tensor": 2, "sequence_parallel": True}])
 def test_shards_of_a_model_say_the_same(tiny_runs, pools, alone, words):
     batch = batch_of()
-    (one,) = TrainedModel(TrainedRun.open(tiny_runs[2]), alone).score([batch])
+    (one,) = TrainedModel(TrainedRun.open(tiny_runs[2]), alone).score([batch], routers="null")
     last = pools(2).run(scores_here, tiny_runs[2], words, batch)[-1]
     torch.testing.assert_close(last[0], one.cross_entropy_BT, rtol=0, atol=2e-6)
     assert torch.equal(last[1], one.is_top_BT)

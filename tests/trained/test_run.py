@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from tide_mega.bench.own_text import prepare_own_text
-from tide_mega.checkpoint.errors import CheckpointError
-from tide_mega.checkpoint.whole import whole_tensors
-from tide_mega.config.errors import ConfigError
+from tide_mega.checkpoint.weights import whole_tensors
+from tide_mega.errors import CheckpointError, ConfigError
+from tide_mega.lab.bench.text import prepare_own_text
 from tide_mega.trained.run import StoredWeights, TrainedRun
 
 

@@ -19,7 +19,7 @@ class Stream:
 # From torch 2.14 on an optimizer asks whether the machine's GPU, whatever computes, records a graph.
 torch.accelerator.current_stream = lambda *_: Stream
 
-from tide_mega.config.errors import ConfigError
+from tide_mega.errors import ConfigError
 from tide_mega.config.hydra_door import compose
 from tide_mega.parallel.device import Device
 from tide_mega.parallel.engine import load_deepspeed

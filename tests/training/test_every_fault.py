@@ -15,11 +15,9 @@ import pytest
 
 from tests.support.runs import TINY, tiny, train_here
 from tests.support.slow import quick_and_slow
-from tide_mega.checkpoint.errors import CheckpointError
-from tide_mega.checkpoint.search import verify
-from tide_mega.config.exits import Exit
-from tide_mega.config.injection import KINDS
-from tide_mega.data.errors import DataError
+from tide_mega.checkpoint.folder import verify
+from tide_mega.config.validate import KINDS
+from tide_mega.errors import CheckpointError, DataError, Exit
 from tide_mega.metrics.jsonl import read_metrics
 
 ROOT = Path(__file__).parents[2]

@@ -11,9 +11,7 @@ import pytest
 
 from tests.support.runs import TINY, curve, tiny, train_here, train_until
 from tests.support.slow import quick_and_slow
-from tide_mega.config.errors import ConfigError
-from tide_mega.config.exits import Exit
-from tide_mega.data.errors import DataError
+from tide_mega.errors import ConfigError, DataError, Exit
 from tide_mega.metrics.jsonl import read_metrics
 from tide_mega.parallel.groups import World
 from tide_mega.training.faults.policy import DivergedError

@@ -9,13 +9,12 @@ import pytest
 import torch.distributed as dist
 
 from tests.support.runs import TINY, tiny, train_here
-from tide_mega.checkpoint.owner import MARK_FILE
-from tide_mega.config.errors import ConfigError
-from tide_mega.config.exits import Exit
-from tide_mega.jobs.folder_lock import LOCK_FILE, FolderLock, FolderTakenError
+from tide_mega.checkpoint.folder import MARK_FILE
+from tide_mega.errors import ConfigError, Exit
+from tide_mega.jobs.lock import LOCK_FILE, FolderLock, FolderTakenError
 from tide_mega.parallel.groups import World
+from tide_mega.run.folder import held
 from tide_mega.training.faults import watchdog
-from tide_mega.training.runfolder import held
 from tide_mega.training.trainer import train
 
 

@@ -8,8 +8,8 @@ import pytest
 
 from tests.support.runs import tiny, train_here
 from tide_mega.data.index import DatasetIndex
-from tide_mega.data.options import PrepareOptions
-from tide_mega.data.prepare import prepare
+from tide_mega.data.prepare.options import PrepareOptions
+from tide_mega.data.prepare.pipeline import prepare
 from tide_mega.metrics.jsonl import read_metrics
 
 
@@ -47,7 +47,7 @@ def trained(root):
 
 
 def refusal(config):
-    from tide_mega.data.errors import DataError
+    from tide_mega.errors import DataError
 
     with pytest.raises(DataError) as info:
         train_here(config)

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tide_mega.checkpoint import TrainingState
-from tide_mega.data.batch import TokenBatch
-from tide_mega.model.passes import StepResult
-from tide_mega.training.loss_window import LossWindow
+from tide_mega.data.loader import TokenBatch
+from tide_mega.model.steps import StepResult
+from tide_mega.training.report import LossWindow
 
 BINS = torch.tensor([*range(10), -1, -2], dtype=torch.int8)
 Z_LOSS = 0.5

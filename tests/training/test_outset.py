@@ -10,13 +10,13 @@ import pytest
 
 from tests.support.runs import tiny, train_here, train_until
 from tide_mega.checkpoint import CheckpointError, TrainingState
-from tide_mega.config.errors import ConfigError
+from tide_mega.errors import ConfigError
 from tide_mega.metrics.jsonl import read_metrics
+from tide_mega.run.course import Course
+from tide_mega.run.folder import RunFolder
 from tide_mega.training import loggers
-from tide_mega.training.course import Course
+from tide_mega.training.optimizer import Schedule
 from tide_mega.training.outset import Origin, Outset, check_outset
-from tide_mega.training.runfolder import RunFolder
-from tide_mega.training.schedule import Schedule
 
 TOKENS = (
     *("trainer.max_steps=null", "trainer.max_tokens=640", "trainer.global_batch_size=2"),

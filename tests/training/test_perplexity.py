@@ -8,14 +8,13 @@ import torch
 
 from tests.support.runs import tiny, train_here
 from tests.support.trained import reference_of
-from tide_mega.config.errors import ConfigError
-from tide_mega.data.errors import DataError
 from tide_mega.data.texts import TextSet
-from tide_mega.diagnostics.analysis import Analysis
-from tide_mega.diagnostics.options import AnalyzeOptions
-from tide_mega.diagnostics.perplexity import report as perplexity
+from tide_mega.errors import ConfigError, DataError
+from tide_mega.lab.figures import perplexity
+from tide_mega.lab.figures.analysis import Analysis
+from tide_mega.lab.figures.registry import AnalyzeOptions
+from tide_mega.metrics.deciles import SLOTS
 from tide_mega.metrics.jsonl import read_metrics
-from tide_mega.metrics.slots import SLOTS
 from tide_mega.trained.run import TrainedRun
 from tide_mega.training.evaluation import open_texts
 

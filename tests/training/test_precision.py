@@ -6,8 +6,8 @@ import torch
 from tests.support.runs import tiny
 from tide_mega.parallel import device as device_module
 from tide_mega.parallel.device import Device
-from tide_mega.training.precision import resolve_precision
-from tide_mega.training.runfolder import open_run_folder
+from tide_mega.run.folder import open_run_folder
+from tide_mega.training.setup import resolve_precision
 
 CPU = Device(torch.device("cpu"), "gloo", "cpu")
 
@@ -15,7 +15,7 @@ CPU = Device(torch.device("cpu"), "gloo", "cpu")
 @pytest.fixture
 def flags(monkeypatch):
     """Set the processor's flags; a world of one needs no process group."""
-    monkeypatch.setattr("tide_mega.training.precision.dist.all_reduce", lambda tensor, op: None)
+    monkeypatch.setattr("tide_mega.training.setup.dist.all_reduce", lambda tensor, op: None)
 
     def set_flags(*names):
         monkeypatch.setattr(device_module, "_cpu_flags", lambda: set(names))

@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 
 from tide_mega.metrics.records import EvalRecord, TextResult, TrainRecord
-from tide_mega.training.progress import Progress, format_count, format_duration, format_eval, format_train
+from tide_mega.training.loggers import Progress, format_count, format_duration, format_eval, format_train
 
 TRAIN = TrainRecord(
     step=120,

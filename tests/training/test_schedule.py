@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 import pytest
 
-from tide_mega.config.errors import ConfigError
 from tide_mega.config.schema import OptimConfig
-from tide_mega.training.course import STEPS, TOKENS, Course
-from tide_mega.training.schedule import Schedule
+from tide_mega.errors import ConfigError
+from tide_mega.run.course import STEPS, TOKENS, Course
+from tide_mega.training.optimizer import Schedule
 
 
 @dataclass(frozen=True)

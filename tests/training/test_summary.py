@@ -5,7 +5,7 @@ from dataclasses import replace
 from tests.training.test_progress import EVAL, TRAIN
 from tide_mega.training.faults.policy import DivergedError, FaultState
 from tide_mega.training.goodput import Ledger
-from tide_mega.training.summary import lines, publish, summarise
+from tide_mega.training.report import lines, publish, summarise
 
 
 class Clock:

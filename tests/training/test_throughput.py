@@ -6,9 +6,8 @@ import torch
 from tide_mega.config.hydra_door import compose
 from tide_mega.parallel.device import Device
 from tide_mega.training.goodput import Ledger
-from tide_mega.training.peak import describe_peak, measured_cpu_tflops, peak_tflops
 from tide_mega.training.setup import device_peak
-from tide_mega.training.throughput import Throughput
+from tide_mega.training.throughput import Throughput, describe_peak, measured_cpu_tflops, peak_tflops
 
 
 class Clock:

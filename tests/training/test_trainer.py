@@ -7,7 +7,7 @@ import pytest
 import torch.distributed as dist
 
 from tests.support.runs import curve, tiny, train_here, train_until
-from tide_mega.config.errors import ConfigError
+from tide_mega.errors import ConfigError
 from tide_mega.metrics.jsonl import read_metrics
 from tide_mega.training.trainer import DivergedError
 

@@ -8,8 +8,8 @@ import torch
 
 from tests.support.runs import curve, tiny, train_here
 from tests.support.slow import quick_and_slow
-from tide_mega.data.batch import TokenBatch
 from tide_mega.data.index import DatasetIndex
+from tide_mega.data.loader import TokenBatch
 from tide_mega.parallel.groups import World
 from tide_mega.training.trainer import DivergedError, Trainer
 

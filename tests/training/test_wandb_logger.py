@@ -15,8 +15,8 @@ from wandb.proto import wandb_internal_pb2 as pb
 
 from tide_mega.config.schema import LoggingConfig
 from tide_mega.metrics.records import EvalRecord, EventRecord, TrainRecord
-from tide_mega.training import wandb_logger
-from tide_mega.training.wandb_logger import WandbLogger, eval_metrics, event_metrics, train_metrics
+from tide_mega.training import loggers as wandb_logger
+from tide_mega.training.loggers import WandbLogger, eval_metrics, event_metrics, train_metrics
 
 TRAIN = TrainRecord(
     step=10,

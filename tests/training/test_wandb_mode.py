@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from tide_mega.training.wandb_logger import has_login, resolve_mode
+from tide_mega.training.loggers import has_login, resolve_mode
 
 
 @pytest.fixture(autouse=True)

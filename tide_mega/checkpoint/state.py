@@ -1,4 +1,4 @@
-"""state.json: how far a run is, and what it is, so that nothing else can go on from its checkpoint."""
+"""state.json of a checkpoint: how far the run is, and what it is, so that nothing else can continue from it."""
 
 import hashlib
 import json
@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import tide_mega
-from tide_mega.checkpoint.errors import CheckpointError
-from tide_mega.checkpoint.manifest import FORMAT, STATE_FILE
-from tide_mega.config.errors import ConfigError
+from tide_mega.checkpoint.storage import FORMAT, STATE_FILE
 from tide_mega.config.schema import TideConfig
-from tide_mega.config.stored import read_json
 from tide_mega.config.versions import package_versions
+from tide_mega.errors import CheckpointError, ConfigError
+from tide_mega.files import read_json
 
 _SHAPES = (
     *(
@@ -29,30 +28,30 @@ _SHAPES = (
 
 @dataclass
 class TrainingState:
-    """What a run must know, besides weights and optimizer, to go on as if it had never stopped."""
+    """What a run needs, besides weights and optimizer state, to continue as if it had never stopped."""
 
     step: int = 0
     """Optimizer steps done."""
     samples: int = 0
-    """Sequences of the data's order consumed over all ranks: the whole state of the loader."""
+    """Sequences consumed over all ranks, in the order of the data: the whole state of the loader."""
     loss_sum: float = 0.0
-    """Sums since the last log line, so that the next line is the uninterrupted run's."""
+    """Sums since the last log line, so that the next line equals the uninterrupted run's."""
     z_loss_sum: float = 0.0
     window_tokens: int = 0
     wandb_run_id: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)
-    """What other parts of the run keep, JSON by name."""
+    """State of other parts of the run, as JSON values by key."""
     tokens: int = 0
-    """Training tokens of the `step` steps, over all ranks; a rollback takes both back."""
+    """Training tokens of the `step` steps, over all ranks; a rollback resets both."""
     consumed_tokens: int = 0
-    """Training tokens read so far, those of steps that a rollback undid included; a branch counts its parent's."""
+    """Training tokens read so far, including steps undone by a rollback; a branch includes its parent's."""
     batches: int = 0
-    """The same in batches, one a step."""
+    """The same in batches, one per step."""
     is_milestone: bool = False
-    """Whether this checkpoint stays for ever (`checkpoint.keep_every`)."""
+    """Whether this checkpoint is kept forever (`checkpoint.keep_every`)."""
 
     def take(self, sequences: int, seq_length: int) -> None:
-        """Count a step on so many sequences of `seq_length` tokens."""
+        """Count a step on `sequences` sequences of `seq_length` tokens."""
         tokens = sequences * seq_length
         self.step += 1
         self.samples += sequences
@@ -61,13 +60,13 @@ class TrainingState:
         self.batches += 1
 
     def go_back_to(self, saved: "TrainingState") -> None:
-        """Stand where `saved` stood, but before the data that comes next here."""
+        """Return to the state `saved`, but keep the position in the data."""
         read = (self.samples, self.consumed_tokens, self.batches)
         vars(self).update(vars(saved))
         self.samples, self.consumed_tokens, self.batches = read
 
     def count_tokens(self, seq_length: int) -> "TrainingState":
-        """Fill in what checkpoints of a first version did not count: they had one batch size, and one dataset."""
+        """Fill in counts that the first checkpoint version lacks: its runs had one batch size and one dataset."""
         if self.step and not self.tokens:
             self.tokens = self.consumed_tokens = self.samples * seq_length
             self.batches = self.step
@@ -76,20 +75,20 @@ class TrainingState:
 
 @dataclass(frozen=True)
 class Identity:
-    """What a checkpoint was made of: all of it must fit but topology and versions, which are for the record."""
+    """What a checkpoint was made from: all must match, except topology and versions, kept for the record."""
 
     model: dict[str, Any]
-    """Sizes that the tensors depend on, K among them."""
+    """Sizes that the tensors depend on, including K."""
     data: str
     """Fingerprint of the token stream, so that `samples` means the same."""
     deciles: str
-    """Checksum of the frequency deciles, so that the loss of each goes on as the same curve."""
+    """Checksum of the frequency deciles, so that the loss of each decile continues the same curve."""
     topology: dict[str, int]
     versions: dict[str, Any]
 
     @classmethod
     def of(cls, config: TideConfig, data: str, bin_of_type: bytes, world_size: int) -> "Identity":
-        """Describe a run."""
+        """Return the identity of a run."""
         parallel = config.parallel
         topology = {
             "processes": world_size,
@@ -111,7 +110,7 @@ class Identity:
         )
 
     def check(self, saved: "Identity", path: Path) -> None:
-        """Refuse to go on from a checkpoint of another run.
+        """Refuse to continue from a checkpoint with another identity.
 
         Raises:
             ConfigError: it has another model, or was trained on other data.
@@ -129,13 +128,13 @@ class Identity:
 
 
 def model_sizes(config: TideConfig) -> dict[str, Any]:
-    """Return the sizes that the tensors of a model depend on, K among them."""
+    """Return the sizes that the tensors of a model depend on, including K."""
     sizes = {key: getattr(config.model, key) for key in _SHAPES}
     return {**sizes, "memory.num_blocks": config.memory.num_blocks}
 
 
 def check_model(now: dict[str, Any], saved: dict[str, Any], path: Path, otherwise: str) -> None:
-    """Refuse the tensors of another model in a checkpoint; `otherwise` is what else there is to do.
+    """Refuse a checkpoint with the tensors of another model; `otherwise` is the advice that ends the message.
 
     Raises:
         ConfigError: a size differs.
@@ -152,7 +151,7 @@ def check_model(now: dict[str, Any], saved: dict[str, Any], path: Path, otherwis
 
 
 def deciles_checksum(bin_of_type: bytes) -> str:
-    """Identify frequency deciles by the decile of each type of the model's vocabulary, one byte each."""
+    """Return the checksum of the decile of each type of the model's vocabulary, one byte each."""
     return hashlib.sha256(bin_of_type).hexdigest()
 
 
@@ -163,7 +162,7 @@ class SavedState:
     save_id: str
     progress: TrainingState
     updates: int
-    """AdamW's count."""
+    """AdamW's update count."""
     identity: Identity
     format: int = FORMAT
 
@@ -176,7 +175,7 @@ class SavedState:
         """Read a checkpoint's state.
 
         Raises:
-            CheckpointError: it is not one of this version.
+            CheckpointError: it is not a state of this version.
         """
         try:
             content = read_json(folder, STATE_FILE)

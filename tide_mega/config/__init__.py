@@ -1,1 +1,1 @@
-"""Configuration: the dataclass schema, its cross-field validation, and the one door to Hydra."""
+"""Configuration: the dataclass schema, its cross-field validation, and the only user of Hydra."""

@@ -1,16 +1,47 @@
-"""The words of a command line: which are flags, which set a key, and what a key of type str takes.
+"""Parses the words of a command line, silences libraries' warnings, and ends commands with the right status.
 
-Such a key takes the word as typed: `2024_10_01`, `1e-4`, `007`, `true`, `a: b` and `a=b` are no numbers, truth
-values or mappings there. Quotes around a whole value are taken off, commas part several values, and `null` without
-quotes is none.
+Words are flags or set a key. A key of type str takes its word as typed: `2024_10_01`, `1e-4`, `007`, `true`, `a:
+b` and `a=b` are not numbers, booleans or mappings there. Quotes around a whole value are removed, commas
+separate several values, and an unquoted `null` is None.
+
+Warnings that libraries print of their own accord are suppressed, since the start-up log says what was found.
+
+A tool ends with its status, with an error's message, or silently if nobody reads its output (`--help | head`).
 """
 
+import logging
+import os
 import re
-from collections.abc import Callable, Collection, Mapping
+import select
+import sys
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import NoReturn
 
-from tide_mega.config.errors import ConfigError
+from tide_mega.errors import ConfigError, StatedError, of_the_place
+
+_LIBRARIES = ("megatron", "torch", "deepspeed", "apex", "numpy", "webdataset")
+
+_WARNS_BY_LOG = (
+    "megatron.core.models.gpt.gpt_model",  # since 0.19 each chunk warns that GPTModel is deprecated
+    "torch.utils.cpp_extension",  # on a machine without a GPU a CUDA build warns that it found nvcc
+)
+"""Modules whose warnings are sent through logging."""
 
 _COMMANDS = ("--multirun", "--run", "--cfg", "--info", "--shell-completion")
+_COMPLETION = ("install=", "uninstall=", "query=")
+
+
+def hush_libraries() -> None:
+    """Suppress the libraries' warnings; call before importing them, which is when most appear."""
+    for library in _LIBRARIES:
+        warnings.filterwarnings("ignore", module=rf"{library}(\.|$)")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    for module in _WARNS_BY_LOG:
+        logging.getLogger(module).setLevel(logging.ERROR)
+
+
 _FLAGS: dict[str, tuple[str, ...] | None] = {
     **dict.fromkeys(("--help", "--hydra-help", "--version", "--resolve"), ()),
     **dict.fromkeys(("--multirun", "--run", "--shell-completion"), ()),
@@ -18,8 +49,7 @@ _FLAGS: dict[str, tuple[str, ...] | None] = {
     "--cfg": ("job", "hydra", "all"),
     "--info": ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath"),
 }
-"""Hydra's flags and the values each takes: none, any (None), or one of these."""
-_COMPLETION = ("install=", "uninstall=", "query=")
+"""Hydra's flags and the values that each takes: none (empty), any (None), or one of those listed."""
 _SHORT = {
     **{"-h": "--help", "-c": "--cfg", "-p": "--package", "-r": "--run", "-m": "--multirun"},
     **{"-sc": "--shell-completion", "-cp": "--config-path", "-cn": "--config-name"},
@@ -32,10 +62,10 @@ _CHOICE = re.compile(r"choice\((.*)\)", re.DOTALL)
 
 
 def sort_words(words: list[str]) -> list[str]:
-    """Return overrides first and flags, spelled out, after them; argparse reads no flags between overrides.
+    """Return the overrides followed by the flags, spelled out; argparse accepts no flags between overrides.
 
     Raises:
-        ConfigError: an unknown flag, one without its value, or two that exclude each other.
+        ConfigError: a flag is unknown or lacks its value, or two flags exclude each other.
     """
     overrides: list[str] = []
     flags: dict[str, list[str]] = {}
@@ -85,7 +115,7 @@ def _can_be(word: str, takes: tuple[str, ...] | None) -> bool:
 
 
 def split_at_commas(text: str) -> list[str]:
-    """Part `text` at the commas outside quotes, brackets, parentheses and references."""
+    """Split `text` at commas outside quotes, brackets, parentheses and references."""
     parts = [""]
     for match in _TOP_LEVEL.finditer(text):
         if match.group() == ",":
@@ -96,7 +126,7 @@ def split_at_commas(text: str) -> list[str]:
 
 
 def single_keys(words: list[str], sections: Collection[str]) -> list[str]:
-    """Write `section={key: value, ...}` as a word for each key, so that each is read by its own type."""
+    """Expand `section={key: value, ...}` to one word per key, so that each value is read by its key's type."""
     single: list[str] = []
     for word in words:
         section, _, value = word.partition("=")
@@ -116,13 +146,13 @@ def single_keys(words: list[str], sections: Collection[str]) -> list[str]:
 def quote_texts(
     word: str, types: Mapping[str, str], reads_as_typed: Callable[[str], bool], quote: Callable[[str], str]
 ) -> str:
-    """Put quotes around those values of an override that Hydra would read as something else than they are.
+    """Quote those text values of an override that Hydra would otherwise read as something else.
 
     Args:
-        word: `key=value`, of a key whose type is `str` or `list[str]`; any other word stays as it is.
-        types: the type of each key, as the schema writes it.
-        reads_as_typed: whether Hydra takes a value for the text that it is, or as several values.
-        quote: writes a text in Hydra's quotes.
+        word: `key=value` of a key of type `str` or `list[str]`; any other word is returned unchanged.
+        types: the type of each key, as written in the schema.
+        reads_as_typed: returns whether Hydra reads a value as the text that it is, or as several values.
+        quote: quotes a text for Hydra.
     """
     key, equals, value = word.partition("=")
     type_name = types.get(key.lstrip("+"), "").removesuffix(" | None")
@@ -141,7 +171,7 @@ def quote_texts(
         if text[0] in "[{":
             return part
         if choice := _CHOICE.fullmatch(text):
-            return texts(choice[1])  # the same sweep; Hydra takes quotes off a function's arguments
+            return texts(choice[1])  # the same sweep; Hydra removes quotes from a function's arguments
         return part if reads_as_typed(text) else quote(text)
 
     return f"{key}={texts(value)}"
@@ -159,7 +189,7 @@ def read_texts(word: str) -> list[str | None] | None:
     """Read the value of `key=value` of a tool's key of type list[str], with or without brackets.
 
     Raises:
-        ConfigError: a bracket is not closed, or a value between commas is missing.
+        ConfigError: a bracket is not closed, or there is nothing between two commas.
     """
     key, _, value = word.partition("=")
     if value == "null":
@@ -176,8 +206,61 @@ def read_texts(word: str) -> list[str | None] | None:
 
 
 def _unquoted(value: str) -> str | None:
-    """Return what stands between quotes around all of `value`; None where there are none."""
+    """Return the text between quotes that enclose all of `value`; None if there are none."""
     first = _TOP_LEVEL.match(value)
     if len(value) < 2 or value[0] not in "'\"" or first is None or first.group() != value:
         return None
     return value[1:-1].replace(f"\\{value[0]}", value[0])
+
+
+UNREAD = 128 + 13
+"""Exit status of a command whose reader is gone: a shell's status for SIGPIPE, which Python ignores."""
+
+
+def tool_entry(main: Callable[[], int | None]) -> NoReturn:
+    """Run a tool and exit with the status that it returns, silently if nobody reads its output any more.
+
+    A `StatedError` raised by the tool becomes its message on stderr and its class's status; so does an error of
+    the file system that is due to the location of a file.
+    """
+    with quiet_when_unread():
+        try:
+            status = main()
+        except (StatedError, OSError) as error:
+            stated = of_the_place(error) if isinstance(error, OSError) else error
+            if stated is None:
+                raise
+            print(stated, file=sys.stderr, flush=True)
+            status = stated.exit_status
+    sys.exit(status)
+
+
+@contextmanager
+def quiet_when_unread() -> Iterator[None]:
+    """End this process with status `UNREAD` when it writes to a standard output that nobody reads.
+
+    Buffered output is flushed before the context ends, since at interpreter exit it would be too late. Any other
+    broken pipe stays an error.
+    """
+    try:
+        try:
+            yield
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except BrokenPipeError:
+        if not _is_unread():
+            raise
+        # The interpreter flushes once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(UNREAD) from None
+
+
+def _is_unread() -> bool:
+    """Return whether standard output is a pipe without readers."""
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
+    except (OSError, ValueError, AttributeError):  # not an operating-system file
+        return False

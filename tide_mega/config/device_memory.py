@@ -1,13 +1,13 @@
 """Bytes of device memory that a training step needs, term by term, from the configuration alone.
 
-A step has three instants at which most is held: in a backward pass (`backward`), when the step's gradient is
-whole and is reduced over data parallelism (`reduction`), and in the optimizer's update (`update`). What is there
-at all of them is `state`. A device needs the state and the largest of the three; the fullest device is one of the
-first or of the last pipeline stage.
+Memory peaks at one of three instants of a step: in a backward pass (`backward`), when the step's complete
+gradient is reduced over data parallelism (`reduction`), and in the optimizer's update (`update`). What is held
+at all of them is `state`. A device needs the state and the largest of the three; the fullest device belongs to
+the first or the last pipeline stage.
 
-Counted is what the program for GPUs holds: Triton's kernels, fused norms, and attention that stores no scores.
-Left out are the CUDA context, the communication library's buffers and what the allocator cannot use, 3 to 6 GB
-together: `cluster.memory_gb` of the profiles is so much less than their cards have.
+The estimate is for GPU code: Triton kernels, fused norms, and attention that stores no scores. It leaves out the
+CUDA context, the communication library's buffers and fragmentation of the allocator, 3 to 6 GB together, by
+which `cluster.memory_gb` of the profiles is smaller than the memory of their cards.
 
 Symbols: V vocabulary, d hidden size, L layers, K memory blocks, f FFN width, h heads, g key/value heads, n tokens
 of a microbatch, e bytes of an element (2 in bf16, 4 in fp32), t tensor ranks, s = t under sequence parallelism,
@@ -21,23 +21,23 @@ from tide_mega.config.schema import TideConfig
 from tide_mega.config.sizes import count_parameters, data_parallel_size, microbatches_per_step
 
 REDUCE_BUCKET = 500_000_000
-"""Most elements DeepSpeed reduces at a time."""
+"""Maximum number of elements that DeepSpeed reduces at a time."""
 LIVE_PARAMETERS = 1_000_000_000
-"""Elements that DeepSpeed's ZeRO-3 keeps gathered, at most."""
+"""Maximum number of elements that DeepSpeed's ZeRO-3 keeps gathered."""
 LOGIT_CHUNK_BYTES = 2**30
-"""Most bytes of the logits that exist at a time in the loss on a GPU: large enough for the matrix products."""
+"""Maximum bytes of logits that exist at a time in the loss on a GPU: enough for efficient matrix products."""
 
 
 @dataclass(frozen=True)
 class StageParameters:
-    """Elements on one device that DeepSpeed holds (not those whose rows have one owner)."""
+    """Elements on one device under DeepSpeed (without tables whose rows have one owner)."""
 
     dense: int
-    """Of what each microbatch adds to the gradient of."""
+    """Parameters whose gradient each micro-batch adds to."""
     tables: int
-    """Of tables sharded over tensor parallelism, whose gradient comes once a step."""
+    """Tables sharded over tensor parallelism, whose gradient comes once a step."""
     largest: int
-    """Of the largest weight that each microbatch adds to."""
+    """The largest single weight among `dense`."""
 
     @property
     def total(self) -> int:
@@ -51,31 +51,31 @@ class DeviceMemory:
 
     weights: int
     optimizer: int
-    """Fp32 masters and two moments."""
+    """fp32 master weights and two moments."""
     owned_rows: int
     """Rows with one owner: fp32 weight, gradient and two moments."""
     buffers: int
-    """What ZeRO-3 keeps for as long as it lives."""
+    """Persistent buffers of ZeRO-3."""
     gradients: int
-    """Of all microbatches so far, and of the weight in hand, during a backward pass."""
+    """During a backward pass: gradients of all micro-batches so far, and of the weight being processed."""
     activations: int
     loss: int
-    """The output layer's fp32 gradient, the hidden states', and a chunk of logits."""
+    """fp32 gradient of the output layer, gradient of the hidden states, and a chunk of logits."""
     rows: int
-    """What a reading of the memory fetched, and its gradient."""
+    """Rows of one reading of the memory, and their gradient."""
     reduction: int
-    """When gradients are rounded and reduced, in place of the four above."""
+    """While gradients are rounded and reduced, instead of the four above."""
     update: int
-    """When the weights are updated, in place of them."""
+    """While the weights are updated, instead of the same four."""
 
     @property
     def state(self) -> int:
-        """What is there at any time."""
+        """Bytes held at any time."""
         return self.weights + self.optimizer + self.owned_rows + self.buffers
 
     @property
     def backward(self) -> int:
-        """What a backward pass adds to the state."""
+        """Bytes that a backward pass adds to the state."""
         return self.gradients + self.activations + self.loss + self.rows
 
     @property
@@ -91,7 +91,7 @@ def device_memory(config: TideConfig, world_size: int) -> DeviceMemory:
 
 
 def state_bytes(config: TideConfig, world_size: int) -> int:
-    """Bytes of weights, gradients and optimizer state alone, on the fullest device."""
+    """Return the bytes of weights, gradients and optimizer state alone, on the fullest device."""
     last = config.parallel.pipeline - 1
 
     def of_stage(stage: int) -> int:
@@ -102,22 +102,22 @@ def state_bytes(config: TideConfig, world_size: int) -> int:
 
 
 def element_bytes(config: TideConfig) -> int:
-    """e: bytes of a weight, a gradient or an activation."""
+    """Return e: bytes of a weight, a gradient or an activation."""
     return 2 if config.trainer.precision == "bf16" else 4
 
 
 def stage_parameters(config: TideConfig, stage: int) -> StageParameters:
-    """Count what a device of a pipeline stage holds under DeepSpeed.
+    """Count the elements that a device of a pipeline stage holds under DeepSpeed.
 
-    Matrices and tables are divided by the tensor-parallel size; norms, routers and gains are whole on every
+    Matrices and tables are divided by the tensor-parallel size; norms, routers and gains are replicated on every
     device of a stage. The first stage holds the embedding, the tables and their gains, the last one the output
-    layer (when tied, a second copy of the embedding's matrix), and each an equal share of the layers.
+    layer (if tied, a second copy of the embedding's matrix), and each an equal share of the layers.
     """
     count, parallel, model = count_parameters(config.model, config.memory), config.parallel, config.model
     is_first, is_last = stage == 0, stage == parallel.pipeline - 1
     matrices = (count.attention + count.mlp) // parallel.pipeline
     whole = (count.norms - model.hidden_size + count.routers) // parallel.pipeline
-    largest = 2 * model.hidden_size * model.ffn_hidden_size  # gate and up are one
+    largest = 2 * model.hidden_size * model.ffn_hidden_size  # gate and up are one weight
     if is_first:
         matrices += count.embedding
         whole += count.memory_gains
@@ -132,16 +132,17 @@ def stage_parameters(config: TideConfig, stage: int) -> StageParameters:
 
 
 def widens(config: TideConfig, world_size: int) -> bool:
-    """Whether microbatches are added up in fp32, beside bf16 weights."""
+    """Return whether micro-batches are accumulated in fp32, beside bf16 weights."""
     several = microbatches_per_step(config, world_size) > 1
     return config.trainer.precision == "bf16" and several and config.parallel.zero_stage < 3
 
 
 def backward_gradients(config: TideConfig, world_size: int, parameters: StageParameters) -> int:
-    """Bytes of gradients at the end of a step's last backward pass.
+    """Return the bytes of gradients at the end of a step's last backward pass.
 
-    Whole at every ZeRO stage: all microbatches of a step are reduced at once, after the last. In bf16 with more
-    than one microbatch they are 4 bytes an element, and each weight's own bf16 gradient comes and goes; else e.
+    They are unsharded at every ZeRO stage: all micro-batches of a step are reduced at once, after the last. In
+    bf16 with more than one micro-batch they take 4 bytes an element, plus one weight's bf16 gradient at a time;
+    else e.
     """
     if widens(config, world_size):
         return 4 * parameters.dense + 2 * parameters.largest
@@ -149,11 +150,11 @@ def backward_gradients(config: TideConfig, world_size: int, parameters: StagePar
 
 
 def reduction_bytes(config: TideConfig, world_size: int, parameters: StageParameters) -> int:
-    """Bytes from the last backward pass to the reduced gradient.
+    """Return the peak bytes from the last backward pass to the reduced gradient.
 
-    First the fp32 sums are rounded: 4 and 2 bytes an element. Then DeepSpeed copies a bucket of gradients beside
-    them, and that bucket once more to reduce it, while the share of this device (all of it without data
-    parallelism) collects in a third place.
+    First the fp32 sums are rounded: 4 and 2 bytes an element. Then DeepSpeed copies a bucket of gradients, and
+    copies the bucket once more to reduce it, while this device's share (all of it without data parallelism) is
+    collected in a third buffer.
     """
     replicas, element = max(1, data_parallel_size(config, world_size)), element_bytes(config)
     rounding = 4 * parameters.dense if widens(config, world_size) else 0
@@ -163,25 +164,25 @@ def reduction_bytes(config: TideConfig, world_size: int, parameters: StageParame
 
 
 def update_bytes(config: TideConfig, world_size: int, parameters: StageParameters) -> int:
-    """Bytes of the optimizer's update: this device's share of the reduced gradient, and the same in fp32."""
+    """Return the bytes of the optimizer's update: this device's share of the reduced gradient, also in fp32."""
     replicas = max(1, data_parallel_size(config, world_size))
     return (element_bytes(config) + 4) * parameters.total // replicas
 
 
 def layer_bytes(config: TideConfig, *, recompute: str | None = None) -> int:
-    """Bytes of a token that a layer keeps from its forward to its backward pass, on one device.
+    """Return the bytes per token that a layer keeps from forward to backward, on one device.
 
     Without recompute, e times:
 
     - 4 d / s: input, its norm, the state after attention, its norm
     - (d + 2 d g / h) / t the product that queries, keys and values are cut from; (d + d g / h) / t queries and
       keys with their positions; d / t attention's output
-    - 3 f / t: gate and up, and their SwiGLU (5 where it is not compiled)
+    - 3 f / t: gate and up, and their SwiGLU (5 if it is not compiled)
 
     and 4 bytes times: 2 / s scales of the norms, h / t of attention's softmax, (K + 1) / s of the router's.
 
-    Selective recompute keeps of attention the product, the output, and, where a device has several groups, queries
-    cut out of it, and nothing within the MLP. Full recompute keeps the layer's input, d / s.
+    Selective recompute keeps of attention the product, the output and, if a device has several groups, the
+    queries cut out of it, and nothing within the MLP. Full recompute keeps the layer's input, d / s.
     """
     model, parallel, element = config.model, config.parallel, element_bytes(config)
     recompute = recompute or parallel.recompute
@@ -204,10 +205,10 @@ def _swiglu(config: TideConfig) -> int:
 
 
 def working_bytes(config: TideConfig) -> int:
-    """Bytes of a token for the layer that its backward pass is in: what is made again, and gradients under way.
+    """Return the bytes per token of the layer in its backward pass: recomputation and temporary gradients.
 
-    Gradients: e (3 f / t + 4 d / s). Made again: a whole layer's under full recompute, the larger of MLP and core
-    attention under selective.
+    Gradients: e (3 f / t + 4 d / s). Recomputed: a whole layer with full recompute, the larger of MLP and core
+    attention with selective.
     """
     model, parallel, element = config.model, config.parallel, element_bytes(config)
     d, f, tensor = model.hidden_size, model.ffn_hidden_size, parallel.tensor
@@ -221,11 +222,11 @@ def working_bytes(config: TideConfig) -> int:
 
 
 def layers_in_flight(config: TideConfig, world_size: int, stage: int) -> int:
-    """Layers times microbatches whose activations a stage holds at once, at most.
+    """Return the maximum of layers times micro-batches whose activations a stage holds at once.
 
-    A stage of the 1F1B schedule holds its microbatch and one for each stage behind it. Interleaved, the first of
-    P stages with C chunks runs 2 (P - 1) + (C - 1) P chunks ahead of its first backward pass, and each stage two
-    fewer than the one before.
+    A stage of the 1F1B schedule holds its own micro-batch and one for each later stage. Interleaved, the first
+    of P stages with C chunks runs 2 (P - 1) + (C - 1) P chunks ahead of its first backward pass, and each stage
+    two fewer than the previous one.
     """
     parallel, microbatches = config.parallel, microbatches_per_step(config, world_size)
     layers, stages = config.model.num_layers // parallel.pipeline, parallel.pipeline
@@ -237,7 +238,7 @@ def layers_in_flight(config: TideConfig, world_size: int, stage: int) -> int:
 
 
 def activation_bytes(config: TideConfig, world_size: int, stage: int) -> int:
-    """Bytes of activations at the fullest instant: of layers in flight, one in work, and each chunk's output."""
+    """Return the peak bytes of activations: of layers in flight, the layer in work, and each chunk's output."""
     parallel, element = config.parallel, element_bytes(config)
     tokens = config.trainer.micro_batch_size * config.data.seq_length
     sequence = parallel.tensor if parallel.sequence_parallel else 1
@@ -248,10 +249,10 @@ def activation_bytes(config: TideConfig, world_size: int, stage: int) -> int:
 
 
 def loss_bytes(config: TideConfig) -> int:
-    """Bytes of the loss on the last stage: 4 V d / t, 2 e n d, and a chunk of at most n V / t logits.
+    """Return the bytes of the loss on the last stage: 4 V d / t, 2 e n d, and a chunk of at most n V / t logits.
 
-    The hidden states are whole on every tensor rank there, beside their gradient. Where the softmax is not
-    compiled a chunk has its exponentials, in fp32, too.
+    The hidden states, and their gradient, are whole there on every tensor rank. If the softmax is not compiled,
+    a chunk also keeps its exponentials in fp32.
     """
     tokens, element = config.trainer.micro_batch_size * config.data.seq_length, element_bytes(config)
     width, entries = config.model.hidden_size, config.model.vocab_size // config.parallel.tensor
@@ -262,17 +263,18 @@ def loss_bytes(config: TideConfig) -> int:
 
 
 def distinct_types(tokens: int, vocab_size: int) -> int:
-    """Distinct token types among `tokens` of natural text: at most 8 tokens^(2/3).
+    """Return an upper estimate of distinct token types in natural text: 8 tokens^(2/3).
 
-    In 2,048 to 131,072 tokens of English documentation there were at most 6.7 tokens^(2/3), Llama-3's tokenizer.
+    Measured with Llama-3's tokenizer in 2,048 to 131,072 tokens of English documentation: at most 6.7
+    tokens^(2/3).
     """
     return min(vocab_size, tokens, round(8 * tokens ** (2 / 3)))
 
 
 def row_bytes(config: TideConfig, world_size: int, stage: int) -> int:
-    """Bytes of one reading: U rows of K d, as the layers read them (e) and their gradient (4).
+    """Return the bytes of one reading: U rows of K d, as the layers read them (e), and their gradient (4).
 
-    On the first stage besides: as they came (e), and the gradients of what was read and of what came (2 e).
+    On the first stage also the rows as fetched (e), and the gradients of both forms (2 e).
     """
     memory, element = config.memory, element_bytes(config)
     if not memory.num_blocks:

@@ -1,6 +1,6 @@
-"""The one door to Hydra and OmegaConf: from YAML groups and a command line to plain dataclasses.
+"""The only user of Hydra and OmegaConf: from YAML groups and a command line to plain dataclasses.
 
-A mistake of the user ends in one sentence on stderr and exit status 2, without a traceback.
+A user's mistake ends in one sentence on stderr and exit status 2, without a traceback.
 """
 
 import os
@@ -24,26 +24,29 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from tide_mega.config.command_line import quote_texts, read_text, read_texts, single_keys, sort_words
-from tide_mega.config.describe import FieldHelp, describe, format_fields, key_of, keyed
-from tide_mega.config.errors import (
+from tide_mega.config.command_line import (
+    quiet_when_unread,
+    quote_texts,
+    read_text,
+    read_texts,
+    single_keys,
+    sort_words,
+)
+from tide_mega.config.help import FieldHelp, describe, format_fields, group_options, help_text, key_of, keyed
+from tide_mega.config.messages import explain, refuse_keys_below, refuse_nameless_options, unknown_key
+from tide_mega.config.schema import TideConfig
+from tide_mega.config.sweep import adopt_ranks, sweep_log
+from tide_mega.config.validate import validate as check
+from tide_mega.errors import (
     ConfigError,
+    Exit,
     StatedError,
     of_the_place,
     refuse,
     refuse_credentials,
     refuse_huge,
 )
-from tide_mega.config.exits import Exit
-from tide_mega.config.help_text import group_options, help_text
-from tide_mega.config.messages import explain, refuse_keys_below, refuse_nameless_options, unknown_key
-from tide_mega.config.paths import check_folder_path
-from tide_mega.config.pipe import quiet_when_unread
-from tide_mega.config.schema import TideConfig
-from tide_mega.config.stored import check_yaml
-from tide_mega.config.sweep import sweep_log
-from tide_mega.config.sweep_job import adopt_ranks
-from tide_mega.config.validate import validate as check
+from tide_mega.files import check_folder_path, check_yaml
 
 T = TypeVar("T")
 _NO_CONF = "No folder conf/ beside the package or in the current folder: start in a checkout of the project"
@@ -53,15 +56,16 @@ _HELP_FLAGS = ("--help", "-h")
 def hydra_entry(run: Callable[[TideConfig], None]) -> None:
     """Run a training entry point: compose from `sys.argv`, convert, validate, call.
 
-    Hydra's own flags work, before, between and after overrides (`--help`, `--cfg job`, `--info`, `--multirun`,
-    `--config-dir`). `WORLD_SIZE` in the environment, as torchrun and SLURM jobs set it, decides the rules that
-    need the number of processes. A configuration error exits with status 2; only rank 0 prints what every rank
-    finds alike. A sweep goes on after a point that fails, sums up what failed, and exits with status 8 if any did.
+    Hydra's own flags work before, between and after overrides (`--help`, `--cfg job`, `--info`, `--multirun`,
+    `--config-dir`). `WORLD_SIZE` in the environment, set by torchrun and SLURM jobs, is used by the rules that
+    need the number of processes. A configuration error exits with status 2; if every rank finds the same one,
+    only rank 0 prints it. A sweep continues after a failed point, lists the failures at its end, and exits with
+    status 8 if there are any.
     """
     log = sweep_log()
 
     def job(composed: DictConfig) -> None:
-        # Inside the job, so that a sweep's other launchers get the same treatment.
+        # Inside the job, so that it also applies to a sweep's other launchers.
         adopt_ranks()
         at = HydraConfig.get()
         is_point = at.mode == RunMode.MULTIRUN
@@ -103,11 +107,11 @@ def compose(overrides: list[str], *, validate: bool = True, world_size: int | No
 
     Args:
         overrides: `group=option` and `key=value` words.
-        validate: whether the rules of `tide_mega.config.validate` run on the result.
+        validate: whether to check the result by the rules of `tide_mega.config.validate`.
         world_size: processes of the run, for the rules that depend on it.
 
     Raises:
-        ConfigError: a wrong key, type or option, or a rule broken.
+        ConfigError: a key, type or option is wrong, or a rule is violated.
     """
     conf = find_conf()
     if conf is None:
@@ -129,23 +133,24 @@ def compose(overrides: list[str], *, validate: bool = True, world_size: int | No
 
 
 def to_yaml(config: TideConfig) -> str:
-    """The whole configuration as YAML, every value resolved."""
+    """Return the whole configuration as YAML, with every value resolved."""
     return OmegaConf.to_yaml(_with_keys(OmegaConf.structured(config)))
 
 
 def from_yaml(text: str) -> TideConfig:
-    """Read what `to_yaml` wrote: plain values, whoever has changed it since.
+    """Read what `to_yaml` wrote, which others may have changed: only plain values are accepted.
 
     Raises:
-        ConfigError: a key or value that the schema does not have; an interpolation, which could ask for anything
-            in the reader's environment; an alias, or what else `check_yaml` refuses.
+        ConfigError: a key or value does not fit the schema, or there is an interpolation, which could read
+        anything in
+            the reader's environment, an alias, or anything else that `check_yaml` refuses.
     """
     try:
         check_yaml(text)
         content = OmegaConf.create(text)
     except YAMLError as error:
         raise ConfigError(f"it is not YAML: {getattr(error, 'problem', None) or error}") from error
-    except ValueError as error:  # a number of thousands of digits, too
+    except ValueError as error:  # e.g. a number of thousands of digits
         raise ConfigError(str(error)) from error
     _refuse_interpolations(OmegaConf.to_container(content, resolve=False))
     with _translated(TideConfig):
@@ -155,9 +160,9 @@ def from_yaml(text: str) -> TideConfig:
 def parse_tool_cli(schema: type[T], argv: list[str] | None = None, *, doc: str) -> T:
     """Read a tool's `key=value` arguments into its dataclass.
 
-    A list may be written without brackets: `blocks=8,24`. Text is taken as typed: `out=007`. `--help` prints `doc`
-    and every field with type, default and the string under it. A wrong key or type, a required field (default
-    MISSING) left out, or an `out` that no folder can be called prints one sentence and exits with status 2.
+    A list may be written without brackets: `blocks=8,24`. Text is taken as typed: `out=007`. `--help` prints
+    `doc` and every field with type, default and docstring. A wrong key or type, a missing required field
+    (default MISSING), or an `out` that is no valid folder name prints one sentence and exits with status 2.
     """
     words = sys.argv[1:] if argv is None else argv
     entries = describe(schema)
@@ -203,12 +208,12 @@ def _read_word(word: str, entries: list[FieldHelp]) -> DictConfig:
 
 
 def _words_as_typed(words: list[str], groups: Mapping[str, Any]) -> list[str]:
-    """Quote what Hydra's grammar would make numbers, truth values or errors of, where the schema has text."""
+    """Quote values of text keys that Hydra's grammar would turn into numbers, booleans or errors."""
     types = {entry.key: entry.type_name for entry in describe(TideConfig)}
     for word in words:
         key, _, value = word.partition("=")
         refuse_keys_below(key, types)
-        refuse_credentials(key, value)  # before Hydra writes a sweep's words down
+        refuse_credentials(key, value)  # before Hydra stores a sweep's words
     types |= dict.fromkeys([*groups, "hydra.sweep.dir"], "str")
     types |= dict.fromkeys((key for word in words if "/" in (key := word.partition("=")[0])), "str")
     single = single_keys(words, {key.rpartition(".")[0] for key in types} - {""})
@@ -228,7 +233,7 @@ def _in_quotes(text: str) -> str:
 
 
 def find_conf() -> Path | None:
-    """The folder of configuration groups: beside the package (a source checkout), else in this folder."""
+    """Return the folder of configuration groups: beside the package (source checkout), else in this folder."""
     for parent in (Path(__file__).resolve().parents[2], Path.cwd()):
         if (parent / "conf" / "config.yaml").is_file():
             return parent / "conf"
@@ -236,10 +241,10 @@ def find_conf() -> Path | None:
 
 
 class SweepStart(Callback):
-    """Tells the sweep's log where the sweep's files lie."""
+    """Hydra callback that tells the sweep log where the sweep's files lie."""
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """Begin the log."""
+        """Start the log."""
         sweep_log().begin(Path(config.hydra.sweep.dir))
 
 
@@ -257,7 +262,7 @@ def _to_dataclass(composed: Any) -> TideConfig:
     entries = describe(TideConfig)
     _refuse_unknown(OmegaConf.to_container(composed, resolve=False), entries)
     config = cast(TideConfig, OmegaConf.to_object(_with_fields(composed)))
-    _refuse_interpolations(keyed(config))  # escaped ones, which the run could not read back
+    _refuse_interpolations(keyed(config))  # escaped ones, which could not be read back
     return config
 
 
@@ -267,7 +272,7 @@ def _with_keys(content: Any) -> Any:
 
 
 def _with_fields(content: Any) -> Any:
-    """Undo `_with_keys`."""
+    """Inverse of `_with_keys`."""
     return _renamed(content, lambda schema: {key_of(item.name): item.name for item in fields(schema)})
 
 
@@ -287,7 +292,7 @@ def _renamed(content: Any, names: Callable[[Any], dict[str, str]]) -> Any:
 
 
 def _refuse_unknown(content: Any, entries: list[FieldHelp]) -> None:
-    # `+key=value` gets past the schema, and the value would then be ignored.
+    # `+key=value` bypasses the schema, and its value would be ignored.
     known = {entry.key for entry in entries}
     for key, _ in _leaves(content):
         if key not in known:

@@ -1,15 +1,15 @@
-"""One sentence in place of the several lines in which Hydra reports a user's mistake."""
+"""Turns the several lines in which Hydra reports a user's mistake into one sentence."""
 
 import difflib
 import re
 from collections.abc import Iterable
 
-from tide_mega.config.describe import FieldHelp
-from tide_mega.config.errors import ConfigError
+from tide_mega.config.help import FieldHelp
+from tide_mega.errors import ConfigError
 
 
 def unknown_key(key: str, entries: list[FieldHelp]) -> str:
-    """Say that `key` does not exist, and which keys of the schema come nearest."""
+    """Return a message that `key` does not exist, with the closest keys of the schema."""
     keys = [entry.key for entry in entries]
     parent = key.rpartition(".")[0]
     siblings = [k for k in keys if parent and k.startswith(f"{parent}.")]
@@ -24,12 +24,12 @@ def unknown_key(key: str, entries: list[FieldHelp]) -> str:
 
 
 def explain(error: BaseException, entries: list[FieldHelp]) -> str:
-    """Turn an error of composing, merging or converting a configuration into one sentence."""
+    """Return one sentence for an error in composing, merging or converting a configuration."""
     chain = [error]
     while (cause := chain[-1].__cause__) is not None:
         chain.append(cause)
     keyed = next((e for e in reversed(chain) if isinstance(getattr(e, "full_key", None), str)), None)
-    key = re.sub(r"\[\d+\]$", "", getattr(keyed, "full_key", ""))  # a list's element speaks for the list
+    key = re.sub(r"\[\d+\]$", "", getattr(keyed, "full_key", ""))  # report the list instead of its element
     if keyed is None or not key:
         return _explain_unkeyed(str(error), getattr(error, "override", None))
     first_line = str(keyed).splitlines()[0].strip()
@@ -53,13 +53,13 @@ def explain(error: BaseException, entries: list[FieldHelp]) -> str:
 
 
 def refuse_keys_below(key: str, leaves: Iterable[str]) -> None:
-    """Refuse `optim.lr.x` and `data.perplexity_texts.0`: a leaf of the schema has no keys of its own."""
+    """Refuse keys such as `optim.lr.x` and `data.perplexity_texts.0`: a leaf of the schema has no subkeys."""
     if leaf := next((leaf for leaf in leaves if key.lstrip("+~").startswith(f"{leaf}.")), None):
         raise ConfigError(f"Unknown key {key}: {leaf} has no keys of its own, give {leaf}=<value>.")
 
 
 def refuse_nameless_options(words: list[str], groups: dict[str, dict[str, str]]) -> None:
-    """Refuse `=value`, `group=null`, `group=` and `group=[...]`, which Hydra answers with a traceback."""
+    """Refuse `=value`, `group=null`, `group=` and `group=[...]`, at which Hydra fails with a traceback."""
     for word in words:
         group, equals, value = word.partition("=")
         if not re.search(r"\w", group.partition("@")[0]) and not group.startswith("-"):

@@ -1,9 +1,9 @@
-"""The configuration schema: what every key means, its type, its unit and its default.
+"""The configuration schema: meaning, type, unit and default of every key.
 
 Values live in `conf/`; this file gives them types. `tide_mega.config.hydra_door` converts a composed Hydra
-configuration to these dataclasses once, at the entry point: nothing below knows Hydra. A key that Python has as
-a word of its own is a field with an underscore after it: `run.from` is `RunConfig.from_`. Rules that join
-several keys are in `tide_mega.config.validate`.
+configuration to these dataclasses once, at the entry point; nothing below it knows Hydra. A key that is a Python
+keyword is a field with an underscore appended: `run.from` is `RunConfig.from_`. Rules that involve several keys
+are in `tide_mega.config.validate`. The docstrings of the fields are printed by `--help`.
 """
 
 from dataclasses import dataclass, field
@@ -51,17 +51,17 @@ class MemoryConfig:
     parallelism and reduced with it), or tensor_data (each row has one owner among tensor x data: no
     data-parallel reduction of tables, their AdamW runs with the owner)."""
     window: int | None = None
-    """Microbatches served by one reading of the memory; null means all of a step. Smaller where the rows of a
-    whole step would not fit."""
+    """Micro-batches served by one reading of the memory; null means all of a step. Use fewer if the rows of a
+    whole step do not fit."""
     exchange_ahead: bool = False
     """Plan the next step's reading at the end of a step instead of at the start of the next, and with
-    owners=tensor_data also start moving its rows, as soon as the tables have been updated: they travel while
-    the step ends (logging, evaluation, checkpoint). Dense AdamW changes every row, so not sooner."""
+    owners=tensor_data also start the transfer of its rows once the tables are updated, to overlap with logging,
+    evaluation and checkpoint. Not earlier, since dense AdamW changes every row."""
 
 
 @dataclass
 class ParallelConfig:
-    """How the model is spread over processes; the data-parallel size is what is left of the world."""
+    """How the model is spread over processes; the data-parallel size is the remaining factor of the world size."""
 
     tensor: int = 1
     pipeline: int = 1
@@ -78,7 +78,7 @@ class ParallelConfig:
 
 @dataclass
 class KernelConfig:
-    """How the step computes what it computes; every choice gives the same results up to rounding."""
+    """Which implementations a step uses; every choice gives the same results up to rounding."""
 
     mix: str = "auto"
     """Mix by index and its row gradient: auto (triton on a GPU, cpu on a CPU), naive, cpu, or triton."""
@@ -114,12 +114,11 @@ class OptimConfig:
     """Last steps of a wsd run, in which the rate falls; 0: it stays at `lr`, for branches (`run.from`) to
     decay."""
     rewarmup_steps: int = 0
-    """With `run.from`: the schedule begins anew at the branch, rising to `lr` in so many steps from what the
-    parent's schedule has there; 0: the branch takes this schedule where its step count stands."""
+    """With `run.from`: the schedule restarts at the branch, rising over this many steps to `lr` from the rate of
+    the parent's schedule; 0: the branch follows this schedule from its current step."""
     reschedule: bool = False
-    """What a run that is continued with another `trainer.max_steps` or `max_tokens` does: false keeps the
-    schedule it was started with (after its end the rate stays at `min_lr`), true changes to that of the new
-    length. The log gives both rates."""
+    """For a run resumed with another `trainer.max_steps` or `max_tokens`: false keeps its original schedule (after
+    whose end the rate stays at `min_lr`), true switches to that of the new length. The log gives both rates."""
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
@@ -144,17 +143,17 @@ class DataConfig:
     num_workers: int = 1
     """Loader processes of each rank; 0 reads in the training process."""
     on_bad_shard: str = "fail"
-    """What a missing, truncated or altered shard does: fail, or skip (named in the log; other windows of the data
-    take the place of those that cannot be read). A run may change it from one start to the next."""
+    """What a missing, truncated or altered shard does: fail, or skip (named in the log; unreadable windows are
+    replaced by others). May differ between starts of a run."""
     verify: str = "size"
     """How shards are verified at start: size, or checksum (reads everything once)."""
     perplexity_texts: list[str] = field(default_factory=list)
     """Text files (UTF-8, or JSON lines with key `text`) whose perplexity every evaluation measures, whole and by
     decile, under their names without suffix."""
     perplexity_tokens: int = 65_536
-    """Most tokens taken of each, from its beginning; 0 takes all."""
+    """Maximum tokens of each text, from its beginning; 0 means all."""
     max_document_bytes: int = 134_217_728
-    """Most bytes of one document of them (a plain text is one, and so is a JSON line), decompressed."""
+    """Maximum bytes of one of their documents (a plain text, or a JSON line), decompressed."""
 
 
 @dataclass
@@ -162,19 +161,18 @@ class TrainerConfig:
     """Length, batch and numerics of the training run."""
 
     max_steps: int | None = None
-    """Optimizer steps. Give this or `max_tokens`, not both. A run counts what is due on its way (schedule,
-    evaluations, log lines, checkpoints) in what it is promised; a branch counts its parent's steps and tokens
-    too."""
+    """Optimizer steps. Give this or `max_tokens`, not both. Everything on the way (schedule, evaluations, log
+    lines, checkpoints) is counted in the same unit; a branch includes its parent's steps and tokens."""
     max_tokens: int | None = None
     """Training tokens, rounded up to whole sequences: the last batch may be smaller."""
     global_batch_size: int = 512
-    """Sequences in an optimizer step over all ranks. A run may be continued with another: with `max_tokens` it
-    has the same tokens and schedule in more steps or fewer, with `max_steps` the same steps of more tokens or
-    fewer."""
+    """Sequences in an optimizer step over all ranks. A run may be resumed with another value: with `max_tokens` it
+    keeps its tokens and schedule and makes more or fewer steps; with `max_steps` it keeps its steps and reads
+    more or fewer tokens."""
     micro_batch_size: int = 8
     """Sequences in one forward pass of one data-parallel rank."""
     precision: str = "bf16"
-    """bf16 (fp32 master weights), fp32, or auto: bf16 where the device multiplies faster in it, else fp32."""
+    """bf16 (fp32 master weights), fp32, or auto: bf16 if matrix products are faster in it, else fp32."""
     z_loss: float = 1e-6
     """Weight of the mean squared log-partition function in the loss."""
     eval_every: int = 1000
@@ -184,8 +182,8 @@ class TrainerConfig:
     seed: int = 1234
     """Seed of the initial weights."""
     deterministic: bool = False
-    """On a GPU, whether a step gives the same bits whenever it is taken: attention, cuBLAS and NCCL then add in a
-    fixed order, and an operation that cannot is an error. Slower. On a CPU a step does so anyway."""
+    """On a GPU, whether repeating a step gives the same bits: attention, cuBLAS and NCCL then sum in a fixed
+    order, and an operation that cannot raises an error. Slower. On a CPU steps are always deterministic."""
 
 
 @dataclass
@@ -195,26 +193,27 @@ class CheckpointConfig:
     every: int = 1000
     """Steps between checkpoints; 0 saves none but the last."""
     at_end: bool = True
-    """Whether the last step is saved too, when `every` does not fall on it."""
+    """Whether the last step is saved too if it is not a multiple of `every`."""
     keep_last: int = 2
     """Newest checkpoints kept in the run folder."""
     keep_every: int | None = None
-    """Steps; checkpoints at its multiples are kept for ever."""
+    """Steps; checkpoints at its multiples are kept forever."""
     export_hf_every: int | None = None
     """Steps, a multiple of `every`: checkpoints at its multiples, and the one at the end, are also exported for
     transformers (`python -m tide_mega.export`), in the training's precision, to `hf/step-N` of the run folder. A
     process beside the training does it once the checkpoint is committed. Exports stay until you remove them."""
     resume: bool = True
-    """Continue from the newest checkpoint that is whole, if there is one; false moves those there are aside."""
+    """Continue from the newest whole checkpoint, if there is one; false moves existing ones aside."""
     asynchronous: bool = True
-    """Train on while a thread writes what was copied to host memory; false writes first."""
+    """Continue training while a thread writes the copy in host memory; false writes before training continues."""
     on_error: str = "stop"
-    """What a save that fails (full disk, for instance) does: stop the run, or continue it with the checkpoints
-    before."""
+    """What a failed save (a full disk, for instance) does: stop the run, or continue it with the previous
+    checkpoints."""
     remote: str | None = None
-    """A second folder: finished checkpoints are copied to `remote/run.name`, and found there by the resuming run.
+    """A second folder: finished checkpoints are copied to `remote/run.name`, where a resuming run finds them.
 
-    That folder is one run's, by the random id in its `run_id.json`; another run of the name is refused."""
+    That folder belongs to one run, by the random id in its `run_id.json`; another run of the same name is
+    refused."""
     remote_keep_last: int = 2
 
 
@@ -229,20 +228,20 @@ class FaultConfig:
     """A loss spike: the step's loss lies this many robust standard deviations (1.4826 x the median distance from
     the median, at least 0.1 % of the median) above the median of the last `spike_window` applied steps."""
     spike_window: int = 128
-    """Applied steps a spike is judged by; none is judged before there are so many."""
+    """Applied steps by which a spike is judged; there is no judgement before that many."""
     on_spike: str = "log"
-    """log, skip (the step is not applied), or rollback (load the newest checkpoint and go on with the data that
-    follows the spike)."""
+    """log, skip (the step is not applied), or rollback (load the newest checkpoint and continue with the data
+    after the spike)."""
     max_rollbacks: int = 3
     """Rollbacks in a run; one more stops it with exit status 4."""
     straggler_ratio: float = 1.5
-    """A replica is reported as slow where its own computing takes this many times the median replica's."""
+    """A replica is reported as slow if its computing time is at least this multiple of the median replica's."""
     hang_minutes: float | None = None
     """Without progress for so long every rank writes its stacks to hangs/rank-R.txt in the run folder and to
     stderr, and ends with exit status 76, so that the job can be restarted. Null means two thirds of
     `cluster.timeout_minutes` (collectives must not give up first), 0 never."""
     inject: list[str] = field(default_factory=list)
-    """For debugging: faults brought about on purpose, `kind@step[:rank]`, such as [nan_grad@7:1,kill@15:0]. Kinds
+    """For debugging: faults to inject on purpose, `kind@step[:rank]`, such as [nan_grad@7:1,kill@15:0]. Kinds
     are nan_loss, nan_grad, spike, slow (a third field gives seconds), hang, kill, bad_shard and disk_full. One
     that could not strike in the run is refused."""
 
@@ -252,40 +251,41 @@ class LoggingConfig:
     """Where metrics go, besides the run folder's metrics.jsonl."""
 
     every: int = 10
-    """Steps between log lines; the loss of the steps between is averaged in."""
+    """Steps between log lines; each line averages the loss over these steps."""
     diagnostics: bool = True
-    """Whether log lines and evaluations also say what TIDE does: training loss and null weight by decile, gradient
-    norm of each table, norms of tables and embedding by decile, cosine distances, memory in use."""
+    """Whether log lines and evaluations also contain diagnostics of TIDE: training loss and null weight by
+    decile, gradient norm of each table, norms of tables and embedding by decile, cosine distances, memory in
+    use."""
     wandb: str = "auto"
     """auto (as WANDB_DISABLED or WANDB_MODE say, else online with a login and offline without), online, offline,
     or disabled."""
     wandb_project: str = "tide_mega"
     wandb_entity: str | None = None
     wandb_machine: bool = False
-    """Whether the W&B run also says host name, user, command line, paths, hardware and commit; without them
+    """Whether the W&B run also records host name, user, command line, paths, hardware and commit; in any case
     environment.json in the run folder has versions, device and commit."""
 
 
 @dataclass
 class ClusterConfig:
-    """The machine: what kind of device, and what is known of it."""
+    """The machine: the kind of device and its properties."""
 
     name: str = MISSING
     device: str = "auto"
     """auto (cuda when there is a GPU, else cpu), cpu, or cuda."""
     peak_tflops: float | None = None
-    """Dense peak of one device for MFU; null, as in every profile, means what is known of the device by its name
-    and `trainer.precision`, measured on CPU."""
+    """Dense peak of one device for MFU; null, as in every profile, means the known value for the device's name and
+    `trainer.precision`, or a measurement on CPU."""
     memory_gb: float | None = None
-    """Memory of one device in 10^9 bytes; null skips the check that a step fits. The context, the communication
-    library and fragmentation take 3 to 6 GB besides: give so much less than the device has."""
+    """Memory of one device in 10^9 bytes; null skips the check that a step fits. Subtract 3 to 6 GB from what the
+    device has, for context, communication library and fragmentation."""
     threads: int | None = None
     """CPU threads of each process; null means the cores divided by the processes of the node."""
     timeout_minutes: float = 30.0
     """How long a collective may hang before the run stops."""
     min_node_gbs: float | None = None
-    """Bus bandwidth in GB/s that tide_mega.health asks of an all-reduce of 256 MiB within a node; null means what
-    is known of the GPU, 0 asks nothing."""
+    """Bus bandwidth in GB/s that tide_mega.health requires of an all-reduce of 256 MiB within a node; null means
+    the value known for the GPU, 0 no requirement."""
     min_network_gbs: float | None = None
     """The same between two nodes, of the GPUs of both together."""
     stop_before_minutes: float = 5.0

@@ -1,4 +1,4 @@
-"""Rules on sizes that must divide each other, on what the engines run together, and on what fits a device."""
+"""Rules on sizes that must divide each other, combinations that the engines support, and device memory."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -7,9 +7,9 @@ from itertools import product
 from typing import Any
 
 from tide_mega.config.device_memory import device_memory
-from tide_mega.config.errors import ConfigError, refuse
 from tide_mega.config.schema import TideConfig
 from tide_mega.config.sizes import data_parallel_size, microbatches_per_step
+from tide_mega.errors import ConfigError, refuse
 
 MAX_BLOCKS = 64
 REFUSED_ZERO3: tuple[tuple[str, Callable[[TideConfig], bool], str], ...] = (
@@ -24,7 +24,7 @@ REFUSED_ZERO3: tuple[tuple[str, Callable[[TideConfig], bool], str], ...] = (
         "whose own optimizer cannot share ZeRO-3's clip factor",
     ),
 )
-"""What ZeRO-3 does not run with: a key, when its value is meant, and why."""
+"""What ZeRO-3 cannot be combined with: a key, a test of its value, and the reason."""
 
 
 def _either(values: Iterable[object]) -> str:
@@ -39,7 +39,7 @@ def _divisors(*numbers: int) -> list[int]:
 
 
 def check_model(config: TideConfig) -> None:
-    """Refuse head, group and memory sizes that the model cannot be built with."""
+    """Refuse head, group and memory sizes with which the model cannot be built."""
     model, memory = config.model, config.memory
     heads, width = model.num_attention_heads, model.hidden_size
     if width % heads:
@@ -75,7 +75,7 @@ def check_model(config: TideConfig) -> None:
 
 
 def check_parallel(config: TideConfig) -> None:
-    """Refuse shapes that do not divide over the parallel groups, and combinations the engines refuse."""
+    """Refuse shapes that do not divide over the parallel groups, and combinations that no engine supports."""
     _check_tensor(config)
     _check_pipeline(config)
     _check_zero(config)
@@ -146,7 +146,7 @@ def _check_zero(config: TideConfig) -> None:
 
 
 def check_world(config: TideConfig, world_size: int) -> None:
-    """Refuse a number of processes that the parallel sizes, the batch or the tables do not divide over."""
+    """Refuse a number of processes over which parallel sizes, batch or tables do not divide."""
     model_size = config.parallel.tensor * config.parallel.pipeline
     if world_size % model_size:
         refuse(
@@ -160,7 +160,7 @@ def check_world(config: TideConfig, world_size: int) -> None:
 
 
 def _check_batch(config: TideConfig, world_size: int) -> None:
-    """Refuse a batch that is not whole microbatches, or not as many as the pipeline schedule needs."""
+    """Refuse a batch that is not whole micro-batches, or not as many as the pipeline schedule needs."""
     replicas, micro = data_parallel_size(config, world_size), config.trainer.micro_batch_size
     why = f"is not a multiple of micro_batch_size={micro} times {replicas} data-parallel rank(s)"
     unit, remedy = micro * replicas, "or another trainer.micro_batch_size"
@@ -195,7 +195,7 @@ def _check_window(config: TideConfig, world_size: int) -> None:
 
 
 def check_memory_fit(config: TideConfig, world_size: int) -> None:
-    """Refuse what does not fit `cluster.memory_gb` by the estimate of tide_mega.config.device_memory."""
+    """Refuse a run that exceeds `cluster.memory_gb` by the estimate of tide_mega.config.device_memory."""
     limit = config.cluster.memory_gb
     if limit is None or (needed := device_memory(config, world_size)).total / 1e9 <= limit:
         return
@@ -208,7 +208,7 @@ def check_memory_fit(config: TideConfig, world_size: int) -> None:
 
 
 def _fitting_remedy(config: TideConfig, world_size: int, limit: float) -> str:
-    """Return the fewest changes that fit and that every other rule allows; of those the ones that cost least."""
+    """Return the smallest set of changes that fits and satisfies all other rules; of equals the cheapest."""
     parallel, memory, trainer = config.parallel, config.memory, config.trainer
     widths = (1, 2, 4, 8)
     remedies: list[tuple[object, ...]] = []

@@ -1,7 +1,7 @@
-"""Sizes that follow from the configuration alone: parameters and FLOPs.
+"""Sizes that follow from the configuration alone: parameters, FLOPs, replicas and micro-batches.
 
-Symbols: V vocabulary, d hidden size, L layers, K memory blocks, f FFN width, T sequence length,
-h attention heads, g key/value heads. No matrix has a bias, and a head has d / h channels.
+Symbols: V vocabulary, d hidden size, L layers, K memory blocks, f FFN width, T sequence length, h attention
+heads, g key/value heads. No matrix has a bias, and a head has d / h channels.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ class ParameterCount:
 
     embedding: int
     output: int
-    """Zero when the output layer shares the embedding's matrix."""
+    """Zero if the output layer shares the embedding's matrix."""
     attention: int
     mlp: int
     norms: int
@@ -37,7 +37,7 @@ class ParameterCount:
 
     @property
     def matmul(self) -> int:
-        """Parameters a token is multiplied by; the output matrix counts once, tied or not."""
+        """Parameters by which a token is multiplied; the output matrix counts once, tied or not."""
         return self.attention + self.mlp + self.routers + self.output_product
 
 
@@ -66,24 +66,24 @@ def count_parameters(model: ModelConfig, memory: MemoryConfig) -> ParameterCount
 
 
 def flops_per_token(model: ModelConfig, memory: MemoryConfig, seq_length: int) -> int:
-    """FLOPs of forward and backward for one token: 6 P + 12 L d T.
+    """Return the FLOPs of forward and backward for one token: 6 P + 12 L d T.
 
-    P counts the parameters of matrix products: attention, MLP, routers and the output layer (once,
-    also when tied). The second term is the two products of attention in the convention of PaLM
-    (arXiv 2204.02311, appendix B), which counts full attention, not its causal half. The input
-    embedding and the memory tables are left out, since a lookup multiplies nothing; so are the
-    element-wise work of norms and of the mix. Recomputed activations are not counted.
+    P counts the parameters of matrix products: attention, MLP, routers and the output layer (once, even if
+    tied). The second term is the two products of attention in the convention of PaLM (arXiv 2204.02311, appendix
+    B), which counts full attention and not its causal half. The input embedding and the memory tables are left
+    out, since a lookup multiplies nothing; so is the element-wise work of norms and of the mix. Recomputation is
+    not counted.
     """
     products = count_parameters(model, memory).matmul
     return 6 * products + 12 * model.num_layers * model.hidden_size * seq_length
 
 
 def data_parallel_size(config: TideConfig, world_size: int) -> int:
-    """Replicas of the model: `world_size` / (tensor x pipeline)."""
+    """Return the number of replicas of the model: `world_size` / (tensor x pipeline)."""
     return world_size // (config.parallel.tensor * config.parallel.pipeline)
 
 
 def microbatches_per_step(config: TideConfig, world_size: int) -> int:
-    """Microbatches of one data-parallel rank in an optimizer step (gradient accumulation)."""
+    """Return the micro-batches of one data-parallel rank in an optimizer step (gradient accumulation)."""
     replicas = max(1, data_parallel_size(config, world_size))
     return config.trainer.global_batch_size // (config.trainer.micro_batch_size * replicas)

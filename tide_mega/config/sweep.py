@@ -1,27 +1,57 @@
-"""What becomes of a sweep's points: one that fails keeps no other from running, and all are accounted for.
+"""Sweeps: keeps account of their points, and adopts the ranks of jobs that Hydra's submitit launcher started.
 
-Points that run in the process which started the sweep are kept in memory. Those that run as jobs of a cluster
-leave a file each in a folder of `hydra.sweep.dir`, which is removed when the sweep has been summed up.
+A point that fails does not keep others from running, and all are listed in a summary. Points that run in the
+process that started the sweep are kept in memory. Those that run as cluster jobs each leave a file in a folder
+of `hydra.sweep.dir`, which is removed after the summary.
+
+In a submitit job SLURM's variables are translated to those of torch.distributed (`adopt_ranks`).
 """
 
 import json
 import os
 import shutil
+import subprocess
 import sys
 import traceback
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 
-from tide_mega.config.exits import Exit
-from tide_mega.config.stored import parse_json
-from tide_mega.config.urls import without_credentials
+from tide_mega.errors import Exit, without_credentials
+from tide_mega.files import parse_json
+
+FIRST_PORT, PORTS = 20_000, 12_000
+"""Port range below the ephemeral ports; `slurm/body.sh` uses the same."""
+
+
+def adopt_ranks(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Set RANK, WORLD_SIZE and related variables in a submitit job; do nothing in any other process."""
+    if environment.get("SUBMITIT_EXECUTOR") != "slurm" or "RANK" in environment:
+        return
+    nodes = _hostnames(environment["SLURM_JOB_NODELIST"])
+    job, restarts = int(environment["SLURM_JOB_ID"]), int(environment.get("SLURM_RESTART_COUNT") or 0)
+    environment["RANK"] = environment["SLURM_PROCID"]
+    environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
+    environment["WORLD_SIZE"] = environment["SLURM_NTASKS"]
+    environment["LOCAL_WORLD_SIZE"] = str(int(environment["SLURM_NTASKS"]) // len(nodes))
+    environment.setdefault("MASTER_ADDR", "127.0.0.1" if len(nodes) == 1 else nodes[0])
+    environment.setdefault("MASTER_PORT", str(FIRST_PORT + (job + 131 * restarts) % PORTS))
+    if len(nodes) == 1:
+        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+
+
+def _hostnames(node_list: str) -> list[str]:
+    if "[" not in node_list:
+        return node_list.split(",")
+    command = ["scontrol", "show", "hostnames", node_list]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+
 
 _ALIKE_ON_EVERY_RANK = (Exit.DONE, Exit.CONFIG, Exit.DIVERGED, Exit.CHECKPOINT, Exit.TAKEN)
-"""Statuses that all ranks of a run end with together."""
+"""Statuses with which all ranks of a run end together."""
 _THIS_PROCESS = uuid.uuid4().hex
 
 
@@ -33,30 +63,31 @@ class Point:
     words: list[str]
     """Its overrides."""
     status: int | None = None
-    """Exit status that a run of it alone would have; None until it has ended."""
+    """Exit status that a separate run of this point would have; None until it has ended."""
     reason: str = ""
 
 
 @dataclass
 class SweepLog:
-    """The points of a sweep; carried to the jobs that run them."""
+    """The points of a sweep; sent along to the jobs that run them."""
 
     folder: Path | None = None
-    """Of the points that other processes run; None where there is no sweep."""
+    """Folder for the points that other processes run; None if there is no sweep."""
     process: str = _THIS_PROCESS
-    """The one that started the sweep."""
+    """The process that started the sweep."""
     points: dict[int, Point] = field(default_factory=dict)
 
     def begin(self, sweep_folder: Path) -> None:
-        """Start a sweep whose files lie in `sweep_folder`."""
+        """Start a sweep with its files in `sweep_folder`."""
         self.folder = sweep_folder.resolve() / f".sweep-{uuid.uuid4().hex[:8]}"
         self.points.clear()
 
     @contextmanager
     def point(self, number: int, words: list[str]) -> Iterator[None]:
-        """Run a point: note how it ends, and go on after a failure that leaves this process able to.
+        """Run a point: record how it ends, and continue after a failure if this process is able to.
 
-        Of several ranks only what all of them find alike is passed over, since they run the next point together.
+        With several ranks, only failures that all of them share are passed over, since they run the next point
+        together.
         """
         point = Point(number, words)
         self._note(point)
@@ -73,7 +104,7 @@ class SweepLog:
             point.status, point.reason = Exit.ERROR, f"{type(error).__name__}: {_in_a_line(error)}"
             traceback.print_exc()
             if not _is_alone():
-                raise SystemExit(Exit.ERROR) from error  # Hydra's launcher passes over anything less
+                raise SystemExit(Exit.ERROR) from error  # Hydra's launcher ignores any lesser exception
         else:
             point.status = 0
         finally:
@@ -90,7 +121,7 @@ class SweepLog:
             path.with_suffix(".partial").replace(path)
 
     def is_cut_short(self) -> bool:
-        """Whether a point began and left no word of its end: its process was killed, say."""
+        """Return whether a point began but never recorded its end, for example because its process was killed."""
         self._collect()
         return any(point.status is None for point in self.points.values())
 
@@ -100,14 +131,14 @@ class SweepLog:
             self.points[point.number] = point
 
     def end(self) -> Exit:
-        """Print what became of the points; return the exit status of the sweep."""
+        """Print the summary of the points; return the exit status of the sweep."""
         if self.folder is None or os.environ.get("RANK", "0") != "0":
             return Exit.DONE
         self._collect()
         shutil.rmtree(self.folder, ignore_errors=True)
         points = [self.points[number] for number in sorted(self.points)]
         self.folder = None
-        if not points:  # refused before the first
+        if not points:  # refused before the first point
             return Exit.DONE
         has_failed = any(point.status != 0 for point in points)
         print(summary(points), file=sys.stderr if has_failed else sys.stdout, flush=True)
@@ -121,7 +152,7 @@ def sweep_log() -> SweepLog:
 
 
 def summary(points: list[Point]) -> str:
-    """Say how many points are done, and of each that is not its own words and the reason."""
+    """Return how many points are done, and for each other point its overrides and the reason."""
     failed = [point for point in points if point.status != 0]
     done = f"Sweep: {len(points) - len(failed)} of {len(points)} points done"
     if not failed:

@@ -1,20 +1,31 @@
-"""Rules that a configuration must meet before anything is loaded.
+"""Rules that a configuration must satisfy before anything is loaded; and the syntax of `faults.inject`.
 
-Each refusal is one sentence: the key, the value it has, why it cannot be, and a value that would do.
+`faults.inject` lists faults to inject on purpose, to test that a run survives them.
 """
 
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from tide_mega.config.errors import refuse, refuse_credentials, refuse_huge
-from tide_mega.config.injection import Injection, parse_injection
-from tide_mega.config.paths import check_folder_name, check_folder_path
 from tide_mega.config.schema import TideConfig
 from tide_mega.config.shape_rules import check_memory_fit, check_model, check_parallel, check_world
+from tide_mega.errors import refuse, refuse_credentials, refuse_huge
+from tide_mega.files import check_folder_name, check_folder_path
+
+KINDS = {
+    "nan_loss": "the step's loss is NaN",
+    "nan_grad": "a value of the step's reduced gradient is NaN",
+    "spike": "the step's loss is ten times what it is",
+    "slow": "the rank computes `seconds` (1 if not given) longer in this step and all later ones",
+    "hang": "the rank never comes back; once in a run folder",
+    "kill": "SIGKILL; once in a run folder",
+    "bad_shard": "the run stops as on a shard that cannot be read",
+    "disk_full": "the first checkpoint from this step on fails as on a full disk; once in a run folder",
+}
+"""Kinds of injected faults, with their effect."""
 
 CHOICES = {
     "memory.owners": ("tensor", "tensor_data"),
@@ -31,6 +42,50 @@ CHOICES = {
     "logging.wandb": ("auto", "online", "offline", "disabled"),
     "cluster.device": ("auto", "cpu", "cuda"),
 }
+UNSET = "???"
+
+
+@dataclass(frozen=True)
+class Injection:
+    """One fault to inject."""
+
+    text: str
+    kind: str
+    step: int
+    """Number of the batch at which it strikes, from 1: the optimizer step, unless a rollback has skipped data."""
+    rank: int | None
+    """The rank that it strikes; None means all."""
+    seconds: float
+
+
+def parse_injection(text: str) -> Injection:
+    """Read `kind@step[:rank[:seconds]]`, such as nan_grad@7:1 or slow@10:1:0.5.
+
+    Raises:
+        ConfigError: the kind is unknown, or step, rank or seconds is not a number in its range.
+    """
+    kind, _, rest = text.partition("@")
+    if kind not in KINDS:
+        refuse("faults.inject", text, "is no known fault", f"use kind@step[:rank] of {', '.join(KINDS)}")
+    step, *more = rest.split(":")
+    try:
+        parsed = Injection(
+            text, kind, int(step), int(more[0]) if more else None, float(more[1]) if len(more) > 1 else 1.0
+        )
+    except ValueError:
+        parsed = None
+    if (
+        parsed is None
+        or len(more) > (2 if kind == "slow" else 1)
+        or parsed.step < 1
+        or (parsed.rank or 0) < 0
+        or not 0 < parsed.seconds < float("inf")
+    ):
+        form = "slow@step[:rank[:seconds]]" if kind == "slow" else f"{kind}@step[:rank]"
+        refuse("faults.inject", text, "cannot be read", f"write {form} with a step from 1 and a rank from 0")
+    return parsed
+
+
 POSITIVE = (
     *("model.num_layers", "model.hidden_size", "model.ffn_hidden_size", "model.num_attention_heads"),
     *("model.num_query_groups", "model.vocab_size", "model.rope_theta", "model.norm_eps"),
@@ -59,11 +114,10 @@ NOT_NEGATIVE = (
     *("faults.max_rollbacks", "faults.hang_minutes", "cluster.stop_before_minutes"),
     *("cluster.min_node_gbs", "cluster.min_network_gbs"),
 )
-UNSET = "???"
 
 
 def total_steps(config: TideConfig) -> int:
-    """Optimizer steps of a run with this batch from its start: `max_steps`, or those `max_tokens` come to."""
+    """Return the steps of a run with this batch size throughout: `max_steps`, or those that `max_tokens` give."""
     if config.trainer.max_steps is not None:
         return config.trainer.max_steps
     if config.trainer.max_tokens is None:
@@ -72,7 +126,7 @@ def total_steps(config: TideConfig) -> int:
 
 
 def parent_of(config: TideConfig) -> tuple[Path, int | None] | None:
-    """Return the run folder that `run.from` names and the step (None: the newest); None where it is null."""
+    """Return the run folder and step (None: the newest) of `run.from`; None if it is null."""
     if config.run.from_ is None:
         return None
     match = re.fullmatch(r"(.+?)(?:@(\d+))?", config.run.from_, re.DOTALL)
@@ -85,11 +139,11 @@ def validate(config: TideConfig, world_size: int | None = None) -> None:
 
     Args:
         config: the whole configuration.
-        world_size: processes of the run; None leaves out what depends on it (batch, windows, owners'
-            shares, memory fit).
+        world_size: processes of the run; None skips the rules that depend on it (batch, windows, owners' shares,
+            memory fit).
 
     Raises:
-        ConfigError: one sentence that names the key, the value and what would do.
+        ConfigError: one sentence that names the key, its value and a valid one.
     """
     _check_values(config)
     check_model(config)
@@ -191,9 +245,9 @@ def _check_faults(config: TideConfig, world_size: int | None) -> None:
 
 
 def _check_injection(config: TideConfig, fault: Injection, world_size: int | None) -> None:
-    """Refuse a fault that could not strike in this run, or that nothing would come of."""
+    """Refuse a fault that could not strike in this run, or would have no effect."""
     steps, checkpoint = total_steps(config), config.checkpoint
-    # A rollback passes data by, so that the run reads more batches than it has steps.
+    # A rollback skips data, so the run reads more batches than it has steps.
     if fault.step > steps and config.faults.on_spike != "rollback":
         why = f"strikes after the run's {steps} steps"
         refuse("faults.inject", fault.text, why, f"use a step from 1 to {steps}, or train longer")

@@ -1,7 +1,7 @@
 """Frequency deciles of the training corpus (SPEC section 3; the paper's Appendix B).
 
-b(v) = min(floor(rank(v) / |V_clean| * 10), 9), where rank counts from 0 in ascending order of the count
-over the clean types that occur. Shapes: V is the vocabulary.
+b(v) = min(floor(rank(v) / |V_clean| * 10), 9), where rank counts from 0 in ascending order of frequency over the
+clean types that occur. Dimensions: V vocabulary.
 """
 
 import zipfile
@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tide_mega.config.stored import parse_json
-from tide_mega.data.atomic import atomic_writer, write_json
-from tide_mega.data.errors import DataError
 from tide_mega.data.tokenizer import Tokenizer
+from tide_mega.errors import DataError
+from tide_mega.files import atomic_writer, parse_json, write_json
 
 NUM_BINS = 10
 DROPPED = -1
@@ -26,13 +25,13 @@ BIN_GROUPS: dict[str, range] = {"rare": range(3), "mid": range(3, 7), "common": 
 
 @dataclass(frozen=True)
 class DecileTable:
-    """The bin of every token type."""
+    """The decile of every token type."""
 
     bin_of_type: NDArray[np.int8]
-    """[V]: 0 (rarest) to 9; `DROPPED` for special, whitespace and punctuation tokens; `UNSEEN` for types
-    that do not occur, of whatever kind."""
+    """[V]: 0 (rarest) to 9; `DROPPED` for special, whitespace and punctuation tokens; `UNSEEN` for types of any
+    kind that do not occur."""
     count_ranges: list[tuple[int, int] | None]
-    """Smallest and largest count in each bin; None for a bin without a type."""
+    """Smallest and largest count in each bin; None for an empty bin."""
     types_per_bin: list[int]
     tokens_per_bin: list[int]
     dropped_types: int
@@ -41,11 +40,11 @@ class DecileTable:
 
     @classmethod
     def from_counts(cls, counts: NDArray[np.integer], tokenizer: Tokenizer) -> "DecileTable":
-        """Bins the types of a corpus.
+        """Bin the types of a corpus.
 
         Args:
             counts: [V] occurrences of each token in the training corpus.
-            tokenizer: says which tokens are special and what they spell.
+            tokenizer: gives the special tokens and the text of each token.
 
         Raises:
             DataError: `counts` is not of length V.
@@ -61,11 +60,11 @@ class DecileTable:
 
     @classmethod
     def from_filter(cls, counts: NDArray[np.integer], is_clean: Callable[[int], bool]) -> "DecileTable":
-        """Bins the types of `counts` [V] that occur and for which `is_clean(id)` holds."""
+        """Bin the types of `counts` [V] that occur and for which `is_clean(id)` is true."""
         counts = counts.astype(np.int64)
         seen = np.flatnonzero(counts)
         clean = np.array([v for v in seen.tolist() if is_clean(v)], dtype=np.int64)
-        # Stable: types of equal count keep the order of their ids.
+        # Stable sort: types of equal count stay in order of their ids.
         ranked = clean[np.argsort(counts[clean], kind="stable")]
         bins = np.minimum(np.arange(len(ranked)) * NUM_BINS // max(len(ranked), 1), NUM_BINS - 1)
         bin_of_type = np.full(len(counts), UNSEEN, np.int8)
@@ -84,7 +83,7 @@ class DecileTable:
         )
 
     def save(self, folder: Path | str) -> None:
-        """Writes `deciles.npy` (the bins) and `deciles.json` (the rest) in `folder`."""
+        """Write `deciles.npy` (the bins) and `deciles.json` (the rest) to `folder`."""
         folder = Path(folder)
         with atomic_writer(folder / "deciles.npy") as file:
             np.save(file, self.bin_of_type, allow_pickle=False)
@@ -93,10 +92,10 @@ class DecileTable:
 
     @classmethod
     def load(cls, folder: Path | str) -> "DecileTable":
-        """Reads what `save` wrote.
+        """Read the files that `save` wrote.
 
         Raises:
-            DataError: a file is absent or damaged.
+            DataError: a file is missing or damaged.
         """
         folder = Path(folder)
         try:
@@ -115,10 +114,10 @@ class DecileTable:
 
 
 def load_counts(folder: Path | str) -> NDArray[np.int64]:
-    """Read how often each type occurs in the training text [V], which a preparation leaves in `counts.npy`.
+    """Read the count of each type in the training text [V], which data preparation stores in `counts.npy`.
 
     Raises:
-        DataError: the file is absent or damaged.
+        DataError: the file is missing or damaged.
     """
     try:
         return _load_array(Path(folder) / "counts.npy")
@@ -129,7 +128,7 @@ def load_counts(folder: Path | str) -> NDArray[np.int64]:
 
 
 def _load_array(path: Path) -> NDArray[Any]:
-    """Load a vector of integers; raise ValueError or OSError for anything else."""
+    """Load a 1-D array of integers; raises ValueError or OSError for anything else."""
     try:
         array = np.load(path, allow_pickle=False)
     except (EOFError, zipfile.BadZipFile) as error:
@@ -140,10 +139,10 @@ def _load_array(path: Path) -> NDArray[Any]:
 
 
 def is_content(token: bytes) -> bool:
-    """Whether a token counts as a word or a part of one: it has an alphanumeric character.
+    """Return whether a token counts as a word or part of one, that is has an alphanumeric character.
 
-    Bytes that are no whole characters are parts of a character, neither whitespace nor punctuation by
-    themselves, and count as content.
+    Bytes that do not form whole characters are parts of one, neither whitespace nor punctuation by themselves, and
+    count as content.
     """
     try:
         return any(character.isalnum() for character in token.decode("utf-8"))

@@ -1,6 +1,6 @@
-"""The index of a prepared dataset: `index.json`, written last, so that a folder with one is complete.
+"""The index of a prepared dataset: `index.json`, written last, so that a folder that has one is complete.
 
-What it names are regular files beside it: an index that was made elsewhere leads to nothing outside its folder.
+It may name only regular files beside it, so that an index from elsewhere cannot lead outside its folder.
 """
 
 import contextlib
@@ -8,10 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tide_mega.config.paths import plain_name, regular_file
-from tide_mega.config.stored import parse_json
-from tide_mega.data.atomic import fingerprint_of, write_json
-from tide_mega.data.errors import DataError
+from tide_mega.errors import DataError
+from tide_mega.files import fingerprint_of, parse_json, plain_name, regular_file, write_json
 
 FILE_NAME = "index.json"
 FORMAT = "tide_mega.tokens"
@@ -54,21 +52,21 @@ class TokenizerRecord:
 
 @dataclass(frozen=True)
 class Totals:
-    """What became of the input."""
+    """Statistics of the input."""
 
     documents: int
-    """Documents written, of both splits."""
+    """Documents written, in both splits."""
     tokens: int
     empty_documents: int
-    """Documents without text or without a token: not written."""
+    """Documents without text or without a token, which are not written."""
     empty_files: int
     """Files without a byte, a line or a row."""
     bad: int
     """Files or records left out because they could not be read."""
     tolerated: int
-    """How many of these are left out even with on_bad_file=fail (files of `stdlib`)."""
+    """The number of these that are left out even with on_bad_file=fail (files of `stdlib`)."""
     ignored_files: dict[str, int]
-    """What is not read in input folders: suffix -> count, and counts of hidden files and folders linked again."""
+    """Files in input folders that are not read, counted by suffix; also hidden files, and folders linked twice."""
 
 
 @dataclass(frozen=True)
@@ -77,33 +75,33 @@ class DatasetIndex:
 
     tokenizer: TokenizerRecord
     dtype: str
-    """numpy name of the tokens' type: uint16 or uint32, little-endian."""
+    """numpy name of the tokens' dtype: uint16 or uint32, little-endian."""
     splits: dict[str, SplitRecord]
     totals: Totals
     bad: list[dict[str, str]] = field(default_factory=list)
-    """The first bad files or records: source and reason."""
+    """The first bad files or records, each with source and reason."""
     empty_files: list[str] = field(default_factory=list)
     """The first empty files."""
     options: dict[str, Any] = field(default_factory=dict)
-    """The options that shaped the dataset."""
+    """The options on which the dataset depends."""
 
     @property
     def fingerprint(self) -> str:
-        """Of tokenizer and tokens, wherever the dataset lies."""
+        """Fingerprint of tokenizer and tokens, independent of the dataset's location."""
         shards = {name: [shard.sha256 for shard in split.shards] for name, split in self.splits.items()}
         return fingerprint_of([self.tokenizer.fingerprint, shards])
 
     def save(self, folder: Path) -> None:
-        """Writes `folder/index.json` atomically."""
+        """Write `folder/index.json` atomically."""
         write_json(folder / FILE_NAME, {"format": FORMAT, "version": VERSION, **asdict(self)})
 
     @classmethod
     def load(cls, folder: Path | str) -> "DatasetIndex":
-        """Reads `folder/index.json`.
+        """Read `folder/index.json`.
 
         Raises:
-            DataError: there is none, it is damaged, its format is not one this version reads, or it names files
-                elsewhere.
+            DataError: it is missing or damaged, of a format that this version does not read, or names files
+                outside the folder.
         """
         path = Path(folder) / FILE_NAME
         if not path.is_file():
@@ -139,10 +137,10 @@ class DatasetIndex:
 
 
 def shard_from_json(value: dict[str, Any]) -> ShardRecord:
-    """A `ShardRecord` from its JSON.
+    """Return a `ShardRecord` from its JSON.
 
     Raises:
-        ValueError: its file's name is not a plain one.
+        ValueError: the file name is not a plain name.
     """
     samples = [(int(offset), int(n)) for offset, n in value["samples"]]
     return ShardRecord(**{**value, "file": plain_name(value["file"]), "samples": samples})

@@ -1,12 +1,10 @@
-"""Batches of training and validation sequences.
+"""Batches of training and validation sequences, in a global order that does not depend on the number of ranks.
 
-Shapes: B is the micro batch, T the sequence length. Training samples are numbered 0, 1, 2, … without end;
-sample s is window perm(epoch)(s mod n) of the stream's n windows in epoch s // n. A loader's whole state
-is the number of samples consumed, so a resumed run goes on exactly where it stopped, whatever the number
-of data-parallel ranks is then.
+The order of the training windows is a keyed pseudo-random permutation of 0 … n-1 that is computed and not stored
+(`Permutation`): a Feistel network permutes the smallest power of four that holds n, and values outside the range
+are sent through it again until they are inside (cycle walking), fewer than four times on average.
 
-Of a stream that skips what cannot be read, a training sample takes another window, drawn by the same seed, so that
-batches keep their size; in validation the window is left out, and the others stay the same.
+Dimensions: B sequences, T tokens.
 """
 
 import logging
@@ -16,64 +14,113 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from hashlib import blake2b
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from tide_mega.config.errors import ConfigError
-from tide_mega.data.batch import IGNORE_LABEL, TokenBatch
-from tide_mega.data.errors import DataError, UnreadableShardError
-from tide_mega.data.permutation import Permutation
 from tide_mega.data.stream import TokenStream
+from tide_mega.errors import ConfigError, DataError, UnreadableShardError
 
 log = logging.getLogger(__name__)
 
+
+IGNORE_LABEL = -1
+"""The label of a position with nothing to predict (padding)."""
+
+_ROUNDS = 8
 _FEEDER = "QueueFeederThread"
 _JOIN_SECONDS = 5.0
 _MOST_DRAWS = 1000
-"""Windows tried in place of one that cannot be read."""
+"""Maximum number of windows tried in place of one that cannot be read."""
+
+
+class TokenBatch(NamedTuple):
+    """One micro-batch of a data-parallel rank."""
+
+    tokens_BT: Tensor
+    """int64 token ids."""
+    labels_BT: Tensor
+    """int64 ids of the next tokens, or IGNORE_LABEL."""
+
+
+class Permutation:
+    """A pseudo-random bijection of range(n), keyed by `seed` and `epoch`."""
+
+    def __init__(self, n: int, seed: int, epoch: int) -> None:
+        if not 1 <= n <= 2**60:
+            raise ValueError(f"a permutation of {n} values: it must be within 1 to 2^60")
+        self._n = np.uint64(n)
+        self._half_bits = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
+        self._mask = np.uint64((1 << int(self._half_bits)) - 1)
+        digest = blake2b(f"{seed}/{epoch}".encode(), digest_size=8 * _ROUNDS).digest()
+        self._keys = np.frombuffer(digest, dtype="<u8").astype(np.uint64)
+
+    def __call__(self, positions: NDArray[np.integer]) -> NDArray[np.int64]:
+        """Return the values at `positions` (each in range(n)), of the same shape."""
+        values = self._shuffle(positions.astype(np.uint64))
+        while (outside := values >= self._n).any():
+            values[outside] = self._shuffle(values[outside])
+        return values.astype(np.int64)
+
+    def _shuffle(self, values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        left, right = values >> self._half_bits, values & self._mask
+        for key in self._keys:
+            left, right = right, left ^ (_mix(right ^ key) & self._mask)
+        return (left << self._half_bits) | right
+
+
+def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Mix 64 bits bijectively, by multiplications modulo 2^64 and shifts (MurmurHash3's finaliser)."""
+    x = (x ^ (x >> np.uint64(33))) * np.uint64(0xFF51AFD7ED558CCD)
+    x = (x ^ (x >> np.uint64(33))) * np.uint64(0xC4CEB9FE1A85EC53)
+    return x ^ (x >> np.uint64(33))
+
+
 _OTHER_SEED = 2**32
-"""Between the seeds of two draws."""
+"""Offset between the seeds of successive replacement draws."""
 
 
 @dataclass(frozen=True)
 class _Loaded:
-    """What a loader process sends."""
+    """What a loader process returns."""
 
     batch: TokenBatch
     left_out: dict[str, int]
-    """Windows that could not be read and were replaced, by shard."""
+    """Unreadable windows that were replaced, by shard."""
 
 
 class TrainBatches(Iterator[TokenBatch]):
-    """The endless micro batches of one rank; `close` ends its loader processes."""
+    """The endless micro-batches of one rank; `close` ends its loader processes."""
 
     def __init__(self, dataset: "_TrainDataset", sampler: "_MicroBatchSampler", num_workers: int) -> None:
         loader: DataLoader[_Loaded | DataError] = DataLoader(
             dataset,
-            batch_size=None,  # the sampler's items are whole micro batches
+            batch_size=None,  # the sampler's items are whole micro-batches
             sampler=sampler,
             num_workers=num_workers,
             prefetch_factor=4 if num_workers else None,
             worker_init_fn=_ignore_signals if num_workers else None,
-            generator=torch.Generator(),  # its own: opening a loader draws a number, which a resume repeats
+            generator=torch.Generator(),  # its own: opening a loader, as each resume does, draws a number
         )
         before = set(threading.enumerate())
         self._batches: Iterator[_Loaded | DataError] | None = iter(loader)
         self._left_out: Counter[str] = Counter()
-        # The queues to the loader's processes each have a thread, and no way to wait for its end.
+        # Each queue to a loader process has a feeder thread, which cannot be joined through torch.
         self._feeders = [
             thread for thread in threading.enumerate() if thread not in before and thread.name == _FEEDER
         ]
 
     def __next__(self) -> TokenBatch:
-        """The next micro batch.
+        """Return the next micro-batch.
 
         Raises:
             StopIteration: `close` was called.
-            DataError: a shard can no longer be read, and `on_bad_shard` is fail; or next to none can be read.
+            DataError: a shard can no longer be read and `on_bad_shard` is fail, or hardly any window can be read.
         """
         if self._batches is None:
             raise StopIteration
@@ -84,12 +131,12 @@ class TrainBatches(Iterator[TokenBatch]):
         return loaded.batch
 
     def take_left_out(self) -> dict[str, int]:
-        """Windows of the batches since the last call that could not be read, by shard."""
+        """Return the unreadable windows of the batches since the last call, by shard."""
         taken, self._left_out = self._left_out, Counter()
         return dict(taken)
 
     def close(self) -> None:
-        """Ends the loader's processes and their queues; nothing is left running."""
+        """Stop the loader processes and their queues; nothing is left running."""
         batches, self._batches = self._batches, None
         shut_down = getattr(batches, "_shutdown_workers", None)
         if shut_down is not None:
@@ -116,10 +163,10 @@ def train_batches(
     dp_size: int,
     num_workers: int,
 ) -> TrainBatches:
-    """The training micro batches of rank `dp_rank`, without end.
+    """Return the endless training micro-batches of rank `dp_rank`.
 
-    Optimizer step t takes the samples first_sample + [t G, (t + 1) G), whatever `dp_size` is; rank r takes
-    the r-th contiguous part of them, G / dp_size / micro_batch_size micro batches.
+    Optimizer step t takes the samples first_sample + [t G, (t + 1) G), whatever `dp_size` is; rank r takes the
+    r-th contiguous part of them, G / dp_size / micro_batch_size micro-batches.
 
     Args:
         stream: the training split.
@@ -132,7 +179,7 @@ def train_batches(
         num_workers: loader processes; 0 reads in this one.
 
     Raises:
-        ConfigError: G is no multiple of B times `dp_size`, or a number is out of range.
+        ConfigError: G is not a multiple of B times `dp_size`, or a number is out of range.
         DataError: the stream is shorter than one window.
     """
     _check_rank(dp_rank, dp_size, micro_batch_size)
@@ -155,15 +202,15 @@ def train_batches(
 def validation_batches(
     stream: TokenStream, *, seed: int, sequences: int, micro_batch_size: int, dp_rank: int, dp_size: int
 ) -> Iterator[TokenBatch]:
-    """The validation micro batches of rank `dp_rank`: the same windows in every evaluation.
+    """Return the validation micro-batches of rank `dp_rank`: the same windows in every evaluation.
 
-    Every rank gets the same number of full micro batches; rows and tails without a token to predict are
-    padded with EOS and `IGNORE_LABEL`. Over all ranks each window comes exactly once.
+    Every rank gets the same number of full micro-batches; rows and tails without a token to predict are padded
+    with EOS and `IGNORE_LABEL`. Over all ranks each window occurs exactly once.
 
     Args:
-        stream: the held-out split; its last, shorter window takes part.
+        stream: the held-out split, including its last, shorter window.
         seed: chooses which windows come first.
-        sequences: how many windows, over all ranks; 0 means all.
+        sequences: number of windows over all ranks; 0 means all.
         micro_batch_size: B.
         dp_rank: this data-parallel rank.
         dp_size: data-parallel ranks.
@@ -200,16 +247,16 @@ def _batch(stream: TokenStream, windows: np.ndarray, rows: int) -> TokenBatch:
             if not stream.skips_bad:
                 raise
             _say_once(f"{error}: its held-out windows are left out")
-            continue  # the row stays without labels, so that it weighs nothing
+            continue  # the row keeps no labels, so it has no weight
         tokens_BT[row, : len(window) - 1] = window[:-1]
         labels_BT[row, : len(window) - 1] = window[1:]
     return TokenBatch(tokens_BT, labels_BT)
 
 
 class _TrainDataset(Dataset["_Loaded | DataError"]):
-    """Maps an array of sample numbers to their batch, or to what is wrong with the data.
+    """Maps an array of sample numbers to their batch, or to a `DataError`.
 
-    Returned, not raised: an error raised in a loader process arrives with that process's traceback for a message.
+    The error is returned and not raised: torch would replace its message with the loader process's traceback.
     """
 
     def __init__(self, stream: TokenStream, seed: int) -> None:
@@ -227,7 +274,7 @@ class _TrainDataset(Dataset["_Loaded | DataError"]):
         return _Loaded(batch, dict(left_out))
 
     def _window(self, sample: int, left_out: Counter[str]) -> NDArray[np.int64]:
-        """Tokens [T + 1] of a sample; `left_out` counts its window where another had to take its place."""
+        """Return the tokens [T + 1] of a sample; if its window had to be replaced, it is counted in `left_out`."""
         n = len(self._stream)
         epoch, place = divmod(sample, n)
         for draw in range(_MOST_DRAWS):
@@ -257,7 +304,7 @@ def _permutation(n: int, seed: int, epoch: int) -> Permutation:
 
 
 class _MicroBatchSampler(Sampler[np.ndarray]):
-    """Yields the sample numbers of each micro batch of a rank, without end."""
+    """Yields the sample numbers of each micro-batch of a rank, endlessly."""
 
     def __init__(
         self, first_sample: int, global_batch: int, micro_batch: int, dp_rank: int, dp_size: int
@@ -277,7 +324,7 @@ class _MicroBatchSampler(Sampler[np.ndarray]):
 
 
 def _ignore_signals(_: int) -> None:
-    """A job's signals concern the training process, which ends its loader processes itself."""
+    """Ignore a job's signals: the training process handles them and stops its loader processes itself."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
 

@@ -1,7 +1,7 @@
-"""Writing one shard: an uncompressed webdataset tar whose bytes depend on its content alone.
+"""Writes a shard: an uncompressed webdataset tar whose bytes depend on its content alone.
 
-A sample is `{key}.ends.npy` (uint32: positions just past each document's last token, within the sample)
-and `{key}.tokens.npy` (uint16 or uint32). The one module that imports webdataset.
+A sample is `{key}.ends.npy` (uint32: positions just past each document's last token, within the sample) and
+`{key}.tokens.npy` (uint16 or uint32). This is the only module that imports webdataset.
 """
 
 import hashlib
@@ -14,15 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 from webdataset.writer import TarWriter
 
-from tide_mega.data.atomic import atomic_writer
 from tide_mega.data.index import ShardRecord
+from tide_mega.files import atomic_writer
 
 _BLOCK = 512
-"""Bytes of a tar header; a member's data is padded to a multiple of it."""
+"""Bytes of a tar header; a member's data is padded to a multiple of this."""
 
 
 class ShardWriter:
-    """Writes samples to a temporary file that `close` renames to `path`."""
+    """Writes samples to a temporary file, which `close` renames to `path`."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -37,7 +37,7 @@ class ShardWriter:
         self._samples: list[tuple[int, int]] = []
 
     def write(self, key: str, tokens: NDArray[np.unsignedinteger], ends: NDArray[np.uint32]) -> None:
-        """Appends a sample of `tokens` [n] in which the documents end at `ends` [documents]."""
+        """Append a sample of `tokens` [n] in which documents end at `ends` [documents]."""
         ends_npy, tokens_npy = _npy(ends), _npy(tokens)
         # TarWriter sorts the members of a sample by name: ends first.
         self._tar.write({"__key__": key, "ends.npy": ends_npy, "tokens.npy": tokens_npy})
@@ -49,7 +49,7 @@ class ShardWriter:
         self._documents += len(ends)
 
     def close(self) -> ShardRecord:
-        """Completes the tar and moves it into place."""
+        """Complete the tar and move it into place."""
         self._tar.close()
         self._stack.close()
         return ShardRecord(
@@ -62,12 +62,12 @@ class ShardWriter:
         )
 
     def abandon(self, error: BaseException) -> None:
-        """Removes the temporary file after `error`."""
+        """Remove the temporary file after `error`."""
         self._stack.__exit__(type(error), error, error.__traceback__)
 
 
 class _HashingFile:
-    """A file for writing that hashes what passes through."""
+    """A file for writing that hashes its content."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file

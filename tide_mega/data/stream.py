@@ -1,9 +1,10 @@
-"""Reading a prepared split as one long row of tokens.
+"""Reads a prepared split as one long row of tokens.
 
-Windows of T + 1 tokens may span samples and shards. Shapes: T is the sequence length.
+Windows of T + 1 tokens may span samples and shards. Shards are read with positioned reads and not memory-mapped:
+if a shard is truncated or its disk fails during training, a read raises an error, whereas a map would kill the
+process with SIGBUS.
 
-Shards are read with positioned reads, not mapped: of a shard that is cut short or fails under a running training,
-a read says so, and a map would end the process with SIGBUS.
+Dimensions: T is the sequence length.
 """
 
 import logging
@@ -17,22 +18,20 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from tide_mega.config.errors import ConfigError
-from tide_mega.config.paths import regular_file
 from tide_mega.config.schema import DataConfig
-from tide_mega.data.atomic import fingerprint_of, sha256_of
-from tide_mega.data.errors import DataError, UnreadableShardError
 from tide_mega.data.index import DatasetIndex, ShardRecord
+from tide_mega.errors import ConfigError, DataError, UnreadableShardError
+from tide_mega.files import fingerprint_of, regular_file, sha256_of
 
 _OPEN_SHARDS = 256
-"""Shards open at a time."""
+"""Maximum number of open shards."""
 
 
 class TokenStream:
     """The tokens of a split, in the order of its shards; `window(i)` reads T + 1 of them.
 
-    A shard that is skipped keeps its place: which tokens window `i` holds depends on the dataset alone, and not on
-    what of it can be read today.
+    A skipped shard keeps its place: the tokens of window `i` depend on the dataset alone, and not on which
+    shards are readable at present.
     """
 
     def __init__(
@@ -46,10 +45,10 @@ class TokenStream:
         skips_bad: bool = False,
         bad: Mapping[str, str] | None = None,
     ) -> None:
-        """Reads `shards` of `folder` but those that are `bad`, by file with why; `open` is the way in."""
+        """Use `open` instead. Reads the `shards` of `folder` except those in `bad`, a map from file to reason."""
         self._bad = dict(bad or {})
         self.skips_bad = skips_bad
-        """Whether a window that cannot be read is to be left out rather than to end the run."""
+        """Whether an unreadable window is left out instead of ending the run."""
         self.split = split
         self.seq_length = seq_length
         self.eos_id = index.tokenizer.eos_id
@@ -66,9 +65,9 @@ class TokenStream:
         self.fingerprint = fingerprint_of(
             [index.tokenizer.fingerprint, split, seq_length, [shard.sha256 for shard in shards]]
         )
-        """What the dataset holds, shards that are skipped included: equal fingerprints give equal windows."""
+        """Fingerprint of the dataset, including skipped shards: equal fingerprints mean equal windows."""
         self.skipped_tokens = sum(shard.tokens for shard in shards if shard.file in self._bad)
-        """Tokens of the shards that are skipped."""
+        """Tokens in skipped shards."""
 
     @classmethod
     def of_run(
@@ -79,10 +78,10 @@ class TokenStream:
         folder: Path | str | None = None,
         logger: logging.Logger | None = None,
     ) -> "TokenStream":
-        """Opens a split as the run with this configuration does; `folder` is where its dataset lies now.
+        """Open a split as the run with this configuration does; `folder` is the present location of its dataset.
 
         Raises:
-            ConfigError, DataError: as `open`.
+            ConfigError, DataError: as in `open`.
         """
         return cls.open(
             folder or data.path,
@@ -103,20 +102,21 @@ class TokenStream:
         on_bad_shard: str = "fail",
         logger: logging.Logger | None = None,
     ) -> "TokenStream":
-        """Opens a split of the dataset in the folder `path`.
+        """Open a split of the dataset in the folder `path`.
 
         Args:
-            path: what `tools/prepare_data.py` wrote.
+            path: a folder written by `tools/prepare_data.py`.
             split: train or validation.
             seq_length: T.
             verify: how each shard is checked first: size, or checksum (reads all of it).
-            on_bad_shard: fail, or skip: a bad shard is named in a warning, and its windows, as those of one that
-                goes bad later, raise when they are read.
+            on_bad_shard: fail or skip. With skip, a bad shard is named in a warning, and reading one of its
+                windows, or one of a shard that goes bad later, raises an error.
             logger: receives the warnings.
 
         Raises:
             ConfigError: an argument has an unknown value.
-            DataError: the folder is no prepared dataset, a shard is bad, or the split holds no two tokens.
+            DataError: the folder is not a prepared dataset, a shard is bad, or the split has fewer than two
+                tokens.
         """
         for name, value, allowed in (
             ("verify", verify, ("size", "checksum")),
@@ -161,24 +161,24 @@ class TokenStream:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens in the stream, those of skipped shards included."""
+        """Tokens in the stream, including those of skipped shards."""
         return int(self._starts[-1])
 
     @property
     def bad_shards(self) -> list[str]:
-        """Files of the shards that are skipped, in the order of the stream."""
+        """File names of the skipped shards, in the order of the stream."""
         return list(self._bad)
 
     def __len__(self) -> int:
-        """Whole windows: window i holds the tokens i T … (i + 1) T, so neighbours share one token."""
+        """Return the number of whole windows; window i holds tokens i T … (i + 1) T, so neighbours share one."""
         return (self.num_tokens - 1) // self.seq_length
 
     def window(self, i: int) -> NDArray[np.int64]:
-        """Tokens of window `i`, [T + 1]; the last, at i = len(self), may be shorter.
+        """Return the tokens of window `i` [T + 1]; the last, at i = len(self), may be shorter.
 
         Raises:
-            IndexError: there is no token to predict in window `i`.
-            UnreadableShardError: a shard is skipped, or was sound and can no longer be read.
+            IndexError: window `i` has no token to predict.
+            UnreadableShardError: a shard of it is skipped, or has become unreadable.
         """
         start = i * self.seq_length
         if not 0 <= start < self.num_tokens - 1:
@@ -186,10 +186,10 @@ class TokenStream:
         return self.tokens(start, min(start + self.seq_length + 1, self.num_tokens))
 
     def tokens(self, start: int, stop: int) -> NDArray[np.int64]:
-        """Tokens at the positions start … stop - 1 of the stream, [stop - start].
+        """Return the tokens at positions start … stop - 1 of the stream [stop - start].
 
         Raises:
-            UnreadableShardError: a shard is skipped, or was sound and can no longer be read.
+            UnreadableShardError: a shard is skipped, or has become unreadable.
         """
         out = np.empty(stop - start, np.int64)
         sample = bisect_right(self._starts, start) - 1
@@ -242,17 +242,17 @@ class TokenStream:
             self._open.pop(shard).close()
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but the open files: another process opens them itself."""
+        """Return the state without open files, which another process opens itself."""
         return {**self.__dict__, "_open": OrderedDict()}
 
 
 def check_shard(folder: Path, shard: ShardRecord, verify: str) -> str | None:
-    """What is wrong with a shard, as the end of a sentence, or None.
+    """Return what is wrong with a shard, as the end of a sentence, or None.
 
     Args:
-        folder: where the dataset lies.
-        shard: what the index says of it.
-        verify: size, or checksum.
+        folder: of the dataset.
+        shard: its record in the index.
+        verify: size or checksum.
     """
     path = folder / shard.file
     try:

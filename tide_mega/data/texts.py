@@ -1,7 +1,7 @@
-"""A text file as batches in which every token but the first is predicted once.
+"""Text files as batches for scoring, in which every token but the first is predicted exactly once.
 
-Window i holds the tokens i T … (i + 1) T, so neighbours share one token, and a token's context is what stands
-before it in its window. Shapes: N tokens, B sequences, T tokens of a sequence.
+Window i holds the tokens i T … (i + 1) T, so neighbours share one token, and a token's context is what precedes
+it in its window. Dimensions: N tokens, B sequences, T tokens of a sequence.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,23 +12,21 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tide_mega.config.errors import ConfigError
-from tide_mega.data.batch import IGNORE_LABEL, TokenBatch
-from tide_mega.data.documents import BadRecord, read_piece
-from tide_mega.data.errors import DataError
-from tide_mega.data.inputs import InputFile, kinds_by_suffix, suffix_of
-from tide_mega.data.lines import MAX_DOCUMENT_BYTES
+from tide_mega.data.loader import IGNORE_LABEL, TokenBatch
+from tide_mega.data.prepare.compressed import MAX_DOCUMENT_BYTES
+from tide_mega.data.prepare.documents import BadRecord, read_piece
+from tide_mega.data.prepare.inputs import InputFile, Piece, kinds_by_suffix, suffix_of
 from tide_mega.data.tokenizer import Tokenizer
-from tide_mega.data.units import Piece
+from tide_mega.errors import ConfigError, DataError
 
 TEXT_KEY = "text"
-"""Of a JSON line, and column of a parquet file."""
+"""Key of a JSON line, and column of a parquet file, with the text."""
 _KINDS = kinds_by_suffix()
 _CHARACTERS_PER_TOKEN, _MARGIN_TOKENS = 8, 64
 
 
 def text_name(path: Path | str) -> str:
-    """Return what results of a text file are called: its name without suffix."""
+    """Return the name under which results of a text file are reported: its file name without suffix."""
     name = Path(path).name
     suffix = suffix_of(name, _KINDS)
     return Path(path).stem if suffix is None else name[: -len(suffix)] or name
@@ -41,7 +39,7 @@ class TextSet:
     name: str
     ids_N: NDArray[np.int64]
     num_bytes: int
-    """UTF-8 bytes of the tokens after the first, which are the ones predicted."""
+    """UTF-8 bytes of the tokens after the first, that is of those predicted."""
     eos_id: int
 
     @classmethod
@@ -54,20 +52,20 @@ class TextSet:
         max_document_bytes: int = MAX_DOCUMENT_BYTES,
         vocab_size: int | None = None,
     ) -> "TextSet":
-        """Read a UTF-8 text as one document, JSON lines and parquet (`text`) as documents with EOS between.
+        """Read a UTF-8 text as one document; JSON lines and parquet (key `text`) as documents separated by EOS.
 
-        The suffixes are those of data preparation; any other one is taken for plain text.
+        Suffixes are those of data preparation; any other is read as plain text.
 
         Args:
             path: the file.
             tokenizer: the model's.
             max_tokens: tokens taken from the beginning; 0 takes all.
-            max_document_bytes: a longer document, decompressed, is refused.
+            max_document_bytes: a document that is longer, decompressed, is refused.
             vocab_size: the model's, if the ids are to be checked.
 
         Raises:
             ConfigError: there is no such file.
-            DataError: it is not such a text, has fewer than two tokens, or ids the model does not have.
+            DataError: it is not a valid text, has fewer than two tokens, or has ids that the model lacks.
         """
         path = Path(path)
         if not path.is_file():
@@ -100,15 +98,15 @@ class TextSet:
 
     @property
     def num_scored(self) -> int:
-        """Tokens predicted: all but the first."""
+        """Number of predicted tokens: all but the first."""
         return len(self.ids_N) - 1
 
     def batches(
         self, seq_length: int, micro_batch_size: int, *, dp_rank: int = 0, dp_size: int = 1
     ) -> Iterator[TokenBatch]:
-        """Yield the microbatches [B, T] of one data-parallel rank, each window in exactly one over all ranks.
+        """Yield the micro-batches [B, T] of one data-parallel rank; over all ranks each window occurs once.
 
-        Every rank gets the same number; the last window's end and the rows beyond it are EOS without labels.
+        Every rank gets the same number; the end of the last window and the rows after it are EOS without labels.
         """
         windows = -(-self.num_scored // seq_length)
         rows = dp_size * micro_batch_size
@@ -136,8 +134,8 @@ def load_texts(
     """Load the texts that the option `key` lists; see `TextSet.load`.
 
     Raises:
-        ConfigError: as there, or two have the same name.
-        DataError: as there.
+        ConfigError: as in `TextSet.load`, or two texts have the same name.
+        DataError: as in `TextSet.load`.
     """
     texts: dict[str, TextSet] = {}
     for path in paths:
@@ -160,7 +158,7 @@ def load_texts(
 
 
 def _documents(path: Path, longest: int) -> Iterator[str]:
-    """Documents with text."""
+    """Yield the non-empty documents."""
     suffix = suffix_of(path.name, _KINDS)
     kind = "text" if suffix is None else _KINDS[suffix]
     status = path.stat()
@@ -178,11 +176,11 @@ def _documents(path: Path, longest: int) -> Iterator[str]:
 def _encode(
     text: str, tokenizer: Tokenizer, wanted: int | None
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Encode a text, or its beginning (a token's width depends on text soon after it, hence the margin).
+    """Encode a text or its beginning; the margin is there because a token's extent depends on the text after it.
 
     Returns:
-        Ids, and the bytes of text that each stands for: exact with byte-level tokens, which spell the text; others
-        may leave characters out, which are then shared out in proportion.
+        The ids, and the number of text bytes that each stands for: exact for byte-level tokens, which spell the
+        text; others may drop characters, whose bytes are then distributed in proportion.
     """
     length = len(text) if wanted is None else (wanted + _MARGIN_TOKENS) * _CHARACTERS_PER_TOKEN
     while True:

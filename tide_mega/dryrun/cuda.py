@@ -1,13 +1,13 @@
-"""What `torch.cuda` answers where there is none: one card, whose every wait is noted.
+"""Answers for `torch.cuda` on a machine without it: a single card, whose every synchronisation is recorded.
 
-torch itself is changed, for as long as the process lives, where fake tensors need it:
+torch itself is patched for the lifetime of the process where fake tensors need it:
 
-- C++ (autograd's queues, composite operations) asks a fake tensor for its device and would look for a driver
-  behind "cuda": it hears "meta", Python hears the truth.
-- `nn.Module._apply` and `.data =` move a fake tensor's device along with it.
-- `data_ptr` gives an invented address, different for every storage; `tolist` and `numpy` give the values.
-- `torch.compile` gives back the function as it is.
-- A Triton launch is checked and noted, not made.
+- C++ code (autograd's queues, composite operations) asks a fake tensor for its device and would look for a driver
+  behind "cuda": it is told "meta", while Python is told the truth.
+- `nn.Module._apply` and `.data =` carry a fake tensor's device along.
+- `data_ptr` returns an invented address, different for every storage; `tolist` and `numpy` return the values.
+- `torch.compile` returns the function unchanged.
+- A Triton launch is checked and recorded, not executed.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch._dynamo  # looks through torch.cuda when it is imported: before it is changed
+import torch._dynamo  # inspects torch.cuda on import, so it must precede the changes
 import torch.utils._foreach_utils
 from numpy.typing import NDArray
 from torch import Tensor
@@ -32,7 +32,7 @@ from tide_mega.dryrun import groups
 from tide_mega.dryrun.recorder import DryRunError, active, note_wait, place
 from tide_mega.dryrun.values import assumed
 
-# torch as it is changed here: what types would have to say of it is not so.
+# torch is patched here in ways that its type annotations do not allow.
 _TORCH: Any = torch
 _TENSOR: Any = FakeTensor
 _MODE: Any = FakeTensorMode
@@ -57,12 +57,12 @@ CARDS = 8
 
 
 def is_installed() -> bool:
-    """Whether this process has the card."""
+    """Return whether the simulated card is installed in this process."""
     return getattr(torch.cuda, "_is_dry", False)
 
 
 def install() -> None:
-    """Give this process the card; before megatron-core and DeepSpeed are imported, which look for it then.
+    """Install the simulated card; call before importing megatron-core and DeepSpeed, which look for one on import.
 
     Raises:
         RuntimeError: one of them is imported already.
@@ -87,7 +87,7 @@ def install() -> None:
 
 
 class Event:
-    """Marks a point of the stream, which is passed at once."""
+    """A CUDA event, which is reached immediately."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         pass
@@ -99,11 +99,11 @@ class Event:
         """Make a stream wait: not the host."""
 
     def query(self) -> bool:
-        """Whether the point is passed."""
+        """Return whether the event is reached: always."""
         return True
 
     def elapsed_time(self, _: "Event") -> float:
-        """Milliseconds between two points."""
+        """Return the milliseconds between two events."""
         return 1.0
 
     def synchronize(self) -> None:
@@ -112,7 +112,7 @@ class Event:
 
 
 class Stream:
-    """The one stream."""
+    """The only stream."""
 
     cuda_stream = 0
     device_index = 0
@@ -127,11 +127,11 @@ class Stream:
         """Wait for an event: not the host."""
 
     def record_event(self, event: Event | None = None) -> Event:
-        """Mark the present."""
+        """Record the current point."""
         return event or Event()
 
     def query(self) -> bool:
-        """Whether everything is done."""
+        """Return whether all work is done: always."""
         return True
 
     def synchronize(self) -> None:
@@ -293,10 +293,10 @@ def _as_it_is(function: Any = None, **_: Any) -> Any:
 
 
 def _launch(self: Any, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> None:
-    """Check a Triton launch and note it.
+    """Check a Triton launch and record it.
 
     Raises:
-        DryRunError: arguments the kernel does not have, or a tensor it could not read.
+        DryRunError: the kernel lacks an argument that is passed, or could not read a tensor.
     """
     options = {"num_warps", "num_stages", "num_ctas", "enable_fp_fusion", "maxnreg"}
     bound = self.signature.bind(*args, **{k: v for k, v in kwargs.items() if k not in options})

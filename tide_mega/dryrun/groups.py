@@ -1,6 +1,6 @@
-"""The other ranks: process groups that move nothing, and what this rank is taken to receive.
+"""The other ranks: process groups that move nothing, and the values that this rank is assumed to receive.
 
-A group made for NCCL takes CUDA tensors alone, one made for gloo CPU tensors alone, as on a cluster.
+As on a cluster, a group created for NCCL takes only CUDA tensors, one created for gloo only CPU tensors.
 """
 
 import io
@@ -30,17 +30,17 @@ _all_gather_object = dist.all_gather_object
 
 
 class Mirror:
-    """Every other rank holds what this one holds: the values received are made of those sent."""
+    """Assumes that every other rank holds what this one holds: received values are made from those sent."""
 
     def broadcast(self, value: Tensor, source: int, rank: int) -> None:
-        """Put into `value` what the group's member `source` sends to member `rank`."""
+        """Fill `value` with what the group's member `source` sends to member `rank`."""
 
     def all_gather(self, sent: Tensor, size: int) -> list[Tensor]:
-        """Return what each of the `size` members gives where this one gives `sent`."""
+        """Return what each of the `size` members contributes if this one contributes `sent`."""
         return [sent] * size
 
     def all_to_all(self, received: Tensor, sent: Tensor, pieces: list[int], rank: int) -> None:
-        """Put together what each member sends to member `rank`; `sent` is cut into `pieces`, one a member."""
+        """Assemble what each member sends to member `rank`; `sent` is cut into `pieces`, one per member."""
         mine = sent.split(pieces)[rank]
         if received.numel() != mine.numel() * len(pieces):
             raise DryRunError(
@@ -50,7 +50,7 @@ class Mirror:
         received.copy_(torch.cat([mine] * len(pieces)))
 
     def objects(self, mine: Any, ranks: list[int]) -> list[Any]:
-        """Return what each of `ranks` gives where this one gives `mine`."""
+        """Return what each of `ranks` contributes if this one contributes `mine`."""
         return [mine] * len(ranks)
 
 
@@ -59,7 +59,7 @@ _peers: list[Mirror] = []
 
 @contextmanager
 def among(peers: Mirror) -> Iterator[None]:
-    """Have object collectives receive what these say."""
+    """Context in which object collectives receive what `peers` return."""
     _peers.append(peers)
     try:
         yield
@@ -68,20 +68,20 @@ def among(peers: Mirror) -> Iterator[None]:
 
 
 def join(rank: int, world_size: int) -> None:
-    """Make this process `rank` of a job of `world_size`, with NCCL as its backend."""
+    """Make this process rank `rank` of a job of `world_size` processes, with NCCL as backend."""
     dist.init_process_group(NCCL, rank=rank, world_size=world_size, store=FakeStore())
 
 
 def new_group(
     ranks: Any = None, timeout: Any = None, backend: str | None = None, pg_options: Any = None, **kwargs: Any
 ) -> Any:
-    """Stand for `torch.distributed.new_group`: gloo is gloo, the rest is NCCL."""
+    """Replacement of `torch.distributed.new_group`: gloo stays gloo, anything else is NCCL."""
     kwargs.pop("device_id", None)
     return _new_group(ranks, timeout, GLOO if backend == "gloo" else NCCL, None, **kwargs)
 
 
 def _object_to_tensor(obj: Any, device: Any, group: Any, weights_only: bool = False) -> tuple[Tensor, Tensor]:
-    """Stand for torch's own, which goes past the dispatcher with a storage; torch 2.14 adds the last argument."""
+    """Replacement of torch's function, which bypasses the dispatcher; torch 2.14 adds the last argument."""
     written = io.BytesIO()
     distributed_c10d._pickler(written).dump(obj)  # as many bytes as torch would send
     data = list(written.getvalue())
@@ -89,14 +89,14 @@ def _object_to_tensor(obj: Any, device: Any, group: Any, weights_only: bool = Fa
 
 
 def all_gather_object(object_list: list[Any], obj: Any, group: Any = None, **kwargs: Any) -> None:
-    """Stand for `torch.distributed.all_gather_object`: send what it sends, receive what the peers say."""
+    """Replacement of `torch.distributed.all_gather_object`: sends the same, receives what the peers return."""
     _all_gather_object(object_list, obj, group, **kwargs)
     if _peers:
         object_list[:] = _peers[-1].objects(obj, dist.get_process_group_ranks(group or dist.group.WORLD))
 
 
 def install() -> None:
-    """Have `torch.distributed` make such groups."""
+    """Make `torch.distributed` create these groups."""
     distributed_c10d._object_to_tensor = _object_to_tensor
     for owner in (dist, distributed_c10d):
         owner.all_gather_object = all_gather_object  # type: ignore[attr-defined]
@@ -107,10 +107,10 @@ def install() -> None:
 def communicate(
     func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], recorder: Recorder, peers: Mirror
 ) -> Any:
-    """Check one of c10d's operations, note it, and return what it returns.
+    """Check one of c10d's operations, record it, and return what it would return.
 
     Raises:
-        DryRunError: a tensor that the group's backend does not take.
+        DryRunError: the group's backend does not take a tensor.
     """
     by_name = {a.name: v for a, v in zip(func._schema.arguments, args, strict=False)} | kwargs
     group = ProcessGroup.unbox(by_name["process_group"])
@@ -144,7 +144,7 @@ def _problem(tensor: Tensor, on: str) -> str | None:
 
 
 def _receive(name: str, by_name: dict[str, Any], group: ProcessGroup, peers: Mirror) -> None:
-    """Fill in the values that arrive; an all-reduce leaves what this rank holds."""
+    """Fill in the received values; an all-reduce keeps what this rank holds."""
     if name == "broadcast_":
         for tensor in by_name["tensors"]:
             if (value := known(tensor)) is not None and by_name["root_rank"] != group.rank():

@@ -1,7 +1,7 @@
-"""Running the program on fake tensors: every operation is checked, noted, and done without its numbers.
+"""Runs the program on fake tensors: every operation is checked and recorded, and done without its numbers.
 
-What torch itself would refuse on a GPU is refused, with the place named; what it would take in silence and pay
-for, by making the host wait or by computing in float64, is counted.
+What torch itself would refuse on a GPU is refused, naming the place; what it would silently accept at a cost, a
+host synchronisation or computation in float64, is counted.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,7 +25,7 @@ CUDA = torch.device("cuda", 0)
 SIZED_BY_DATA = frozenset(
     {"nonzero", "unique_dim", "_unique", "_unique2", "unique_consecutive", "masked_select", "bincount"}
 )
-"""Operations that make the host wait on CUDA, since it has to know how large their result is."""
+"""Operations that synchronise the host with CUDA, since the size of their result must be known."""
 COPIES = frozenset({"copy_", "_to_copy", "_foreach_copy_", "set_"})
 INDEXING = frozenset({"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"})
 PRODUCTS = frozenset({"mm", "bmm", "addmm", "baddbmm", "_scaled_dot_product_flash_attention"})
@@ -33,11 +33,13 @@ PRODUCTS = frozenset({"mm", "bmm", "addmm", "baddbmm", "_scaled_dot_product_flas
 
 @contextmanager
 def dry_run(recorder: Recorder | None = None, peers: Mirror | None = None) -> Iterator[Recorder]:
-    """Run what is inside on fake tensors, this process's CUDA device included; `cuda.install` comes first.
+    """Context that runs its body on fake tensors, including those of this process's CUDA device.
+
+    Call `cuda.install` first.
 
     Args:
-        recorder: notes what happens; None makes one.
-        peers: what the other ranks send; None takes them for alike to this one.
+        recorder: records what happens; None creates one.
+        peers: gives what the other ranks send; None assumes that they equal this one.
     """
     recorder, peers = recorder or Recorder(), peers or Mirror()
     fake = FakeTensorMode(allow_non_fake_inputs=True)
@@ -48,7 +50,7 @@ def dry_run(recorder: Recorder | None = None, peers: Mirror | None = None) -> It
 
 @contextmanager
 def _seen_in_backward() -> Iterator[None]:
-    """See Python's calls in a backward pass: torch takes a mode away while it answers the call of `backward`."""
+    """Keep the function mode active in backward passes: torch disables it while handling the `backward` call."""
     run_backward = torch.autograd._engine_run_backward
 
     def run_seen(*args: Any, **kwargs: Any) -> Any:
@@ -63,7 +65,7 @@ def _seen_in_backward() -> Iterator[None]:
 
 
 class _Operations(TorchDispatchMode):
-    """Every operation that reaches a device."""
+    """Intercepts every operation that reaches a device."""
 
     def __init__(self, fake: FakeTensorMode, recorder: Recorder, peers: Mirror) -> None:
         super().__init__()
@@ -90,7 +92,8 @@ class _Operations(TorchDispatchMode):
         kwargs = _without_meta(name, kwargs)
         result = self._run(func, args, kwargs)
         for made in _tensors(result):
-            if made.fake_device.type == "meta":  # by a kernel that takes its device from what C++ heard
+            # Made by a kernel that takes the device from what C++ heard.
+            if isinstance(made, FakeTensor) and made.fake_device.type == "meta":
                 made.fake_device = CUDA
         follow(func, args, kwargs, inputs, _tensors(result), result)
         self._note(func, name, args, kwargs, inputs, result)
@@ -120,7 +123,7 @@ class _Operations(TorchDispatchMode):
             return assumed(tensor).item()
 
     def _with_integer_indices(self, func: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Turn masks into integers, as CUDA does; it waits for their number unless it can fill in place."""
+        """Turn masks into integer indices, as CUDA does; waits for their number unless it can fill in place."""
         indices: list[Tensor | None] = []
         value = args[2] if "put" in func._opname else None
         fills = value is not None and value.numel() == 1 and not value.is_cuda
@@ -166,9 +169,9 @@ class _Operations(TorchDispatchMode):
             recorder.products[place(), str(inputs[1].dtype).removeprefix("torch.")] += 1
 
     def _note_copy(self, target: Tensor, source: Tensor, non_blocking: bool, is_new: bool = False) -> None:
-        """A copy between host and device makes the host wait, unless it may not and the host's memory is pinned.
+        """Record a copy between host and device: it blocks, unless it is non-blocking and host memory is pinned.
 
-        With `is_new` the target was made for the copy: in pinned memory, where it is not to be waited for.
+        With `is_new` the target was created for the copy, in pinned memory if the copy is non-blocking.
         """
         if target.is_cuda == source.is_cuda:
             return
@@ -179,10 +182,11 @@ class _Operations(TorchDispatchMode):
 
 
 def _one_device(func: Any, inputs: list[Tensor]) -> None:
-    """Refuse CPU tensors beside CUDA tensors; single numbers go along as arguments of the kernel.
+    """Refuse CPU tensors beside CUDA tensors; scalars are passed as kernel arguments.
 
     Raises:
-        DryRunError: naming operation and place. An index on the CPU too, which torch would copy and wait for.
+        DryRunError: naming operation and place; also for an index on the CPU, which torch would copy
+        synchronously.
     """
     if func._opname in COPIES or not any(tensor.is_cuda for tensor in inputs):
         return
@@ -194,9 +198,10 @@ def _one_device(func: Any, inputs: list[Tensor]) -> None:
 
 
 def _without_meta(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """C++ takes CUDA fakes for meta tensors (see `cuda`); what it wants made there belongs on CUDA.
+    """Redirect tensors that C++ creates on "meta" to CUDA: it takes CUDA fakes for meta tensors (see `cuda`).
 
-    Not the number of `x[mask] = 0`: beside a CUDA tensor C++ leaves it on the CPU, and fills without waiting.
+    The scalar of `x[mask] = 0` is excepted: beside a CUDA tensor C++ leaves it on the CPU, and fills without
+    waiting.
     """
     device = kwargs.get("device")
     if device is None or device.type != "meta":
@@ -209,7 +214,7 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 class _PythonCalls(TorchFunctionMode):
-    """Calls that go past the dispatcher, or that ask a driver which is not there."""
+    """Intercepts calls that bypass the dispatcher, or need a driver that does not exist."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -220,7 +225,7 @@ class _PythonCalls(TorchFunctionMode):
             kwargs = {key: _with_index(value) for key, value in kwargs.items()}
             if isinstance(kwargs.get("device"), int):
                 kwargs["device"] = CUDA
-        is_pinned = kwargs.pop("pin_memory", False)  # C++ looks for an allocator of pinned memory
+        is_pinned = kwargs.pop("pin_memory", False)  # C++ would look for an allocator of pinned memory
         result = _REPLACED.get(func, func)(*args, **kwargs)
         if is_pinned:
             result._is_pinned = True
@@ -228,14 +233,14 @@ class _PythonCalls(TorchFunctionMode):
 
 
 def _with_index(value: Any) -> Any:
-    """`cuda` without a number makes torch ask the driver which one it is."""
+    """Return a device with an index: for plain `cuda` torch would ask the driver for it."""
     if isinstance(value, str) and value == "cuda":
         return CUDA
     return CUDA if isinstance(value, torch.device) and value.type == "cuda" and value.index is None else value
 
 
 def _to(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Leave a tensor where it is if it is there: C++ hears another name of its device and would copy it."""
+    """Return a tensor already on the device unchanged: C++ is told another device name and would copy it."""
     copy = kwargs.pop("copy", False)
     if args and isinstance(args[0], Tensor):
         args = (args[0].device, args[0].dtype, *args[1:])
@@ -272,7 +277,7 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """The flash kernel in 16 bits, else plain mathematics: C++ would choose by a device it does not know."""
+    """Use the flash kernel in 16 bits, else plain math: C++ would choose by a device that it does not know."""
     if attn_mask is not None:
         raise DryRunError("a dry run knows attention without a mask alone")
     if enable_gqa:

@@ -1,4 +1,4 @@
-"""One rank of a job, put together by the training run's own builders."""
+"""One rank of a job, built by the training run's own builders."""
 
 from dataclasses import dataclass
 
@@ -13,23 +13,23 @@ from tide_mega.training import setup
 
 @dataclass(frozen=True)
 class DryRank:
-    """What a rank has before its first step."""
+    """The parts of a rank before its first step."""
 
     config: TideConfig
     device: Device
     groups: ParallelGroups
     engine: Engine
     accumulation: int
-    """Microbatches of this rank in an optimizer step."""
+    """Micro-batches of this rank in an optimizer step."""
 
     @property
     def stage(self) -> TideStage:
-        """This rank's part of the model."""
+        """This rank's stage of the model."""
         return self.engine.module
 
 
 def build(config: TideConfig, world_size: int, rank: int) -> DryRank:
-    """Build `rank` of `world_size`; inside `dry_run`, once a process."""
+    """Build rank `rank` of `world_size`; call within `dry_run`, once per process."""
     device = choose_device("cuda", 0)
     other_ranks.join(rank, world_size)
     start_distributed(

@@ -1,7 +1,7 @@
-"""What a dry run notes: where the host waits, what is sent, which numbers are computed with.
+"""Records of a dry run: where the host waits, what is sent, and in which dtypes numbers are computed.
 
 A place in the code is named by file and function, as in "tide_mega/memory/plan.py:plan_rows", so that a list of
-allowed places outlives the lines around them.
+allowed places does not depend on line numbers.
 """
 
 import re
@@ -12,25 +12,25 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import CodeType, FrameType
 
-from tide_mega.config.errors import StatedError
+from tide_mega.errors import StatedError
 
 PACKAGES = ("tide_mega/", "deepspeed/", "megatron/core/")
-"""Whose code can be a place; the innermost frame of theirs counts."""
+"""Packages whose code can be a place; the innermost of their frames counts."""
 LIBRARIES = ("torch/optim/", "torch/nn/utils/", "torch/distributed/")
-"""The same where no frame is of PACKAGES."""
+"""The same if no frame is of PACKAGES."""
 PASSED_OVER = ("tide_mega/dryrun/", "deepspeed/accelerator/", "deepspeed/comm/", "deepspeed/utils/nvtx.py")
-"""Never a place: what all of a library's calls go through."""
+"""Never a place: code that all calls of a library go through."""
 
 _names: dict[CodeType, str | None] = {}
 
 
 class DryRunError(StatedError, RuntimeError):
-    """The program asked for what a real device or network refuses."""
+    """The program requested something that a real device or network refuses."""
 
 
 @dataclass(frozen=True, order=True)
 class Wait:
-    """The host stops until the device has done all that it was given."""
+    """A synchronisation: the host waits until the device has done all its work."""
 
     place: str
     kind: str
@@ -43,7 +43,7 @@ class Collective:
 
     place: str
     name: str
-    """c10d's."""
+    """c10d's name."""
     members: int
     on: str
     """cuda (NCCL) or cpu (gloo)."""
@@ -52,23 +52,23 @@ class Collective:
 
 @dataclass
 class Recorder:
-    """Counts; `clear` starts them again, for the next step say."""
+    """Counters; `clear` resets them, for example for the next step."""
 
     waits: Counter[Wait] = field(default_factory=Counter)
     collectives: Counter[Collective] = field(default_factory=Counter)
     doubles: Counter[tuple[str, str]] = field(default_factory=Counter)
     """Float64 results on the device, by place and operation."""
     products: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """Matrix products and attention on the device, by place and dtype of what is multiplied."""
+    """Matrix products and attention on the device, by place and dtype of the operands."""
     launches: Counter[str] = field(default_factory=Counter)
     """Triton launches, by kernel."""
 
     def wait(self, kind: str) -> None:
-        """Note that the host waits here."""
+        """Record that the host waits here."""
         self.waits[Wait(place(), kind)] += 1
 
     def clear(self) -> None:
-        """Begin anew."""
+        """Reset all counters."""
         for counter in (self.waits, self.collectives, self.doubles, self.products, self.launches):
             counter.clear()
 
@@ -78,7 +78,7 @@ _active: list[Recorder] = []
 
 @contextmanager
 def recording(recorder: Recorder) -> Iterator[None]:
-    """Have `active` and `note_wait` mean this recorder."""
+    """Context in which `active` and `note_wait` refer to this recorder."""
     _active.append(recorder)
     try:
         yield
@@ -87,18 +87,18 @@ def recording(recorder: Recorder) -> Iterator[None]:
 
 
 def active() -> Recorder | None:
-    """Return the recorder of the dry run under way."""
+    """Return the recorder of the running dry run, or None."""
     return _active[-1] if _active else None
 
 
 def note_wait(kind: str) -> None:
-    """Note a wait, if a dry run is under way."""
+    """Record a wait, if a dry run is running."""
     if _active:
         _active[-1].wait(kind)
 
 
 def place() -> str:
-    """Name the innermost function, of those that called this, of PACKAGES, else of LIBRARIES."""
+    """Return the name of the innermost calling function in PACKAGES, else in LIBRARIES."""
     frame: FrameType | None = sys._getframe(1)
     library: str | None = None
     while frame is not None:
@@ -112,7 +112,7 @@ def place() -> str:
 
 
 _WITHIN = re.compile(r"(\.<locals>)?\.<(listcomp|setcomp|dictcomp|genexpr)>")
-"""Comprehensions: a place is the function around them, in which Python 3.12 runs most of them."""
+"""Comprehensions: their place is the enclosing function, in which Python 3.12 runs most of them."""
 
 
 def _name(code: CodeType) -> str | None:

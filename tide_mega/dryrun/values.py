@@ -14,24 +14,24 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 MOST_FLOATS = 64
-"""Elements up to which a float tensor keeps its value: counters, learning rates, sums."""
+"""Maximum elements of a float tensor that keeps its value: counters, learning rates, sums."""
 MOST_ONES = 2**26
-"""Elements of an unknown float tensor up to which an integer made of it is really computed; 0 beyond."""
+"""Maximum elements of an unknown float tensor from which integers are actually computed; beyond it they are 0."""
 
 
 def known(tensor: Tensor) -> Tensor | None:
-    """Return the value, None where it is not known."""
+    """Return the value; None if it is not known."""
     return getattr(tensor, "_value", None) if isinstance(tensor, FakeTensor) else tensor
 
 
 def attach(tensor: Tensor, value: Tensor) -> None:
-    """Give a fake tensor its value, unless it is of floats too many to keep."""
+    """Give a fake tensor its value, unless it has too many floats to keep."""
     if isinstance(tensor, FakeTensor) and (not value.dtype.is_floating_point or value.numel() <= MOST_FLOATS):
         tensor._value = value  # type: ignore[attr-defined]
 
 
 def assumed(tensor: Tensor) -> Tensor:
-    """Return the value, or ones."""
+    """Return the value, or ones if it is not known."""
     value = known(tensor)
     if value is not None:
         return value
@@ -47,7 +47,7 @@ def follow(
     outputs: list[Tensor],
     result: Any,
 ) -> None:
-    """Work out the values of an operation's results, and of what it wrote to.
+    """Compute the values of an operation's results, and of the tensors that it wrote to.
 
     `inputs` and `outputs` are the tensors among its arguments and in its result.
     """
@@ -63,7 +63,7 @@ def follow(
 
 
 def _of_assumed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: list[Tensor]) -> Any:
-    """Integers made of unknown floats; None where these are too many, or a CPU cannot do it."""
+    """Return integers computed from unknown floats; None if there are too many, or a CPU cannot do it."""
     if sum(tensor.numel() for tensor in inputs) > MOST_ONES:
         return None
     try:
@@ -105,7 +105,7 @@ def _is_kept(tensor: Tensor) -> bool:
 
 
 def _forget_written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """What was written with unknown numbers counts as 1 from here on, in every view."""
+    """Mark what was written with unknown numbers: from here on it counts as 1, in every view."""
     by_name = {a.name: v for a, v in zip(func._schema.arguments, args, strict=False)} | kwargs
     for argument in func._schema.arguments:
         if argument.alias_info is not None and argument.alias_info.is_write:

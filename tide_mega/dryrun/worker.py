@@ -1,4 +1,4 @@
-"""A process for dry runs: the stack is imported once, and each run is a fork that nothing was done in yet."""
+"""A process for dry runs: it imports the stack once, and each run is a fresh fork of it."""
 
 import contextlib
 import importlib
@@ -13,25 +13,25 @@ from multiprocessing.connection import Connection, Pipe
 from types import TracebackType
 from typing import Any
 
-from tide_mega.config.errors import StatedError
+from tide_mega.errors import StatedError
 
 STACK = (
     *("tide_mega.dryrun.rank", "tide_mega.kernels.mix.triton", "tide_mega.kernels.norm_router.triton"),
     *("torch._decomp", "torch._refs", "torch._inductor.fx_passes.joint_graph"),
 )
-"""Imported before the first fork: what a step would import, and each fork again."""
+"""Modules imported before the first fork, which each fork would otherwise import anew during its step."""
 TIMEOUT = 300.0
-"""Seconds that a run, or the start, may take."""
+"""Time limit in seconds for a run, and for the start."""
 
 
 class DryRunFailedError(StatedError, RuntimeError):
-    """What a run raised, with its traceback; or that it died, or took too long."""
+    """A run raised an exception (with its traceback), died, or timed out."""
 
     has_lines = True
 
 
 class DryWorker:
-    """Runs functions, each in a process of its own that sees a CUDA card and no other rank; a context manager."""
+    """Context manager that runs functions, each in a process of its own with a CUDA card and no other rank."""
 
     def __init__(self, timeout: float = TIMEOUT) -> None:
         """Wait at most `timeout` seconds for each answer."""
@@ -48,10 +48,10 @@ class DryWorker:
         self.close()
 
     def run(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Return `function(*args)`; it is a module-level function of an importable module.
+        """Return `function(*args)`, where `function` is a module-level function of an importable module.
 
         Raises:
-            DryRunFailedError: it raised, died or did not answer in time; the worker goes on, or starts afresh.
+            DryRunFailedError: it raised, died or timed out; the worker continues, or is restarted.
         """
         if self._channel is None:
             self._start()
@@ -68,7 +68,7 @@ class DryWorker:
         return value
 
     def _start(self) -> None:
-        # Not by multiprocessing, which would import the caller's main module, and megatron-core with it, too soon.
+        # Not multiprocessing: it would import the caller's main module, and with it megatron-core, too early.
         self._channel, there = Pipe()
         command = f"from tide_mega.dryrun import worker; worker.serve({there.fileno()})"
         environment = os.environ | {
@@ -84,7 +84,7 @@ class DryWorker:
         there.close()
 
     def close(self) -> None:
-        """End the process, and a run under way."""
+        """End the process and any running function."""
         if self._channel is not None and self._process is not None:
             self._channel.close()
             with contextlib.suppress(ProcessLookupError):
@@ -94,21 +94,21 @@ class DryWorker:
 
 
 def serve(descriptor: int) -> None:
-    """Answer the worker at the other end of a connection, until it is closed."""
+    """Serve requests from the other end of a connection until it is closed."""
     channel: Any = Connection(descriptor)
     warnings.filterwarnings("ignore", module=r"(megatron|torch|deepspeed)(\.|$)")
     import torch
 
     from tide_mega.dryrun import cuda
 
-    torch.set_num_threads(1)  # and no threads that a fork would lose
+    torch.set_num_threads(1)  # no threads, which a fork would lose
     cuda.install()
     from tide_mega.parallel.device import choose_device
     from tide_mega.parallel.engine import load_deepspeed
 
     deepspeed = load_deepspeed(choose_device("cuda", 0))
     for module in (*STACK, f"{deepspeed.__name__}.compile.backend"):
-        with contextlib.suppress(ImportError):  # a fork will say what it lacks
+        with contextlib.suppress(ImportError):  # a fork that needs it will report it
             importlib.import_module(module)
     with contextlib.suppress(EOFError):  # the parent is gone
         while True:
@@ -122,7 +122,7 @@ def serve(descriptor: int) -> None:
 
 
 def _answer(channel: Any, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    """Run one function in the fork, and end it without what an interpreter does at its exit."""
+    """Run one function in the fork, and exit without the interpreter's cleanup."""
     status = 1
     try:
         try:

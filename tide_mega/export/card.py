@@ -1,4 +1,4 @@
-"""README.md of an exported folder: what the model is, how it does, how to load it."""
+"""Writes the README.md of an exported folder: what the model is, its results, how to load it."""
 
 import json
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ _MISSING = "to be filled in by whoever publishes the model"
 
 @dataclass(frozen=True)
 class Card:
-    """What a card tells."""
+    """Contents of a model card."""
 
     name: str
     license: str | None
@@ -32,12 +32,12 @@ class Card:
     tokens: int
     """Training tokens consumed."""
     evaluation: dict[str, Any] | None
-    """The last record of an evaluation on held-out text up to the step; None where there was none."""
+    """Last evaluation record on held-out text up to the step; None if there is none."""
     row_format: RowFormat | None
     """None for K = 0."""
 
     def text(self) -> str:
-        """Return the card."""
+        """Return the card's text."""
         sections = [
             self._header(),
             self._title(),

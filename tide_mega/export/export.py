@@ -1,4 +1,4 @@
-"""One export: from a checkpoint to a folder that is whole or not there."""
+"""Runs one export, from a checkpoint to a folder that is complete or absent."""
 
 import json
 import logging
@@ -13,23 +13,21 @@ from typing import Any
 from tqdm import tqdm
 
 import tide_mega
-from tide_mega.checkpoint.errors import CheckpointError
 from tide_mega.checkpoint.folder import CheckpointFolder, step_of
-from tide_mega.config.errors import refuse
-from tide_mega.data.atomic import to_disk
+from tide_mega.errors import CheckpointError, ExportError, refuse
 from tide_mega.export.card import Card
-from tide_mega.export.errors import ExportError
 from tide_mega.export.folder import NOTE_FILE, new_folder, require_room
 from tide_mega.export.model_config import SIDECAR_FILE, generation_config, memory_config, model_config
 from tide_mega.export.options import Choice, ExportOptions, choose
 from tide_mega.export.shards import plan_shards, write_shards
 from tide_mega.export.tokenizer_files import write_tokenizer
 from tide_mega.export.weights import MemoryRows, base_entries
+from tide_mega.files import to_disk
 from tide_mega.hf.rows_tide import RowError
 from tide_mega.hf.sidecar_tide import Layout, SidecarError, write_sidecar
 from tide_mega.hf.tokens_tide import TOKENIZER_FILE, vocabulary_fingerprint
 from tide_mega.metrics.jsonl import read_metrics
-from tide_mega.model.spec import DTYPES
+from tide_mega.parallel.device import DTYPES
 from tide_mega.trained.run import TrainedRun
 
 log = logging.getLogger(__name__)
@@ -40,7 +38,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export made."""
+    """The result of an export."""
 
     folder: Path
     size: int
@@ -48,7 +46,7 @@ class Exported:
 
 
 def export(options: ExportOptions, *, progress: bool = True) -> Exported:
-    """Export a run's checkpoint; a bar on standard error shows bytes and time left.
+    """Export a run's checkpoint; a progress bar on standard error shows bytes and remaining time.
 
     Raises:
         ConfigError: an option cannot be satisfied, or the run cannot be opened.
@@ -70,13 +68,13 @@ def export(options: ExportOptions, *, progress: bool = True) -> Exported:
 
 
 def open_run(options: ExportOptions) -> TrainedRun:
-    """Open the run at the step that is asked for.
+    """Open the run at the requested step.
 
-    The dataset has to be there, of which index, deciles and tokenizer are read: by them a run knows its own, and
-    what another tokenizer encodes would be read as other text.
+    The dataset must exist; its index, deciles and tokenizer are read. They identify the run's own dataset: ids of
+    another tokenizer would stand for other text.
 
     Raises:
-        ConfigError: it is no run, or has no whole checkpoint of the step.
+        ConfigError: it is not a run, or has no intact checkpoint of the step.
     """
     run = TrainedRun.open(options.run, data=options.data)
     if options.step is None or run.step == options.step:
@@ -90,10 +88,10 @@ def open_run(options: ExportOptions) -> TrainedRun:
 
 
 def _without_memory(options: ExportOptions, choice: Choice) -> Choice:
-    """Return how a model without memory is stored.
+    """Return the storage choice of a model without memory.
 
     Raises:
-        ConfigError: the options say how to store a memory.
+        ConfigError: the options specify how to store a memory.
     """
     if options.tables is not None:
         refuse("tables", options.tables, "is for a memory, and the run has K = 0", "leave it out")
@@ -143,7 +141,7 @@ def _write(run: TrainedRun, options: ExportOptions, choice: Choice, folder: Path
 
 
 def last_evaluation(run: TrainedRun) -> dict[str, Any] | None:
-    """Return the newest record of held-out losses up to the run's step; None where there is none."""
+    """Return the newest record of held-out losses up to the run's step; None if there is none."""
     if not run.metrics.is_file():
         return None
     records = [r for r in read_metrics(run.metrics) if r.get("kind") == "eval" and r["step"] <= run.step]
@@ -191,7 +189,7 @@ def _bar(total: int, progress: bool) -> Iterator[Callable[[int], object]]:
 
 @contextmanager
 def _of_the_training(checkpoint: Path) -> Iterator[None]:
-    """Say of rows that are no numbers which checkpoint has them."""
+    """Context that names the checkpoint in errors about rows that are not finite."""
     try:
         yield
     except RowError as error:

@@ -1,7 +1,7 @@
-"""The folder that an export makes: it has its name once it is whole, and what others made is never removed.
+"""The folder that an export makes: it gets its name once it is complete; other data is never removed.
 
-`hf` is written as `hf.partial` and renamed. Where it replaces an earlier export, that one is `hf.replaced` for the
-moment between two renames; a later start puts it back, or removes it.
+`hf` is written as `hf.partial` and renamed. If it replaces an earlier export, that one is called `hf.replaced`
+between the two renames; a later start restores or removes it.
 """
 
 import contextlib
@@ -11,13 +11,12 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from tide_mega.config.errors import ConfigError, refuse
-from tide_mega.data.atomic import to_disk, unfinished
-from tide_mega.export.errors import ExportError
-from tide_mega.jobs.folder_lock import LOCK_FILE, FolderLock
+from tide_mega.errors import ConfigError, ExportError, refuse
+from tide_mega.files import to_disk, unfinished
+from tide_mega.jobs.lock import LOCK_FILE, FolderLock
 
 NOTE_FILE = "export.json"
-"""What the export was made of; by it an export is told from other folders."""
+"""Records the export's inputs; its presence identifies a folder as an export."""
 PARTIAL, REPLACED = ".partial", ".replaced"
 _MADE = re.compile(
     r"(config|generation_config|tokenizer|tokenizer_config|export|model\.safetensors\.index)\.json"
@@ -27,12 +26,12 @@ _MADE = re.compile(
 
 @contextlib.contextmanager
 def new_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
-    """Give an empty folder to write in, as a context; at its end that is `out`, unless an error ends it.
+    """Context that provides an empty folder to write in; at its end the folder becomes `out`, unless on an error.
 
     Raises:
-        ConfigError: `out` is there already, and is no export or `overwrite` is not set.
+        ConfigError: `out` exists and is not an export, or `overwrite` is not set.
         FolderTakenError: another process makes the same export.
-        ExportError: it could not be written to its end (a full disk); what there was of it is gone.
+        ExportError: it could not be completed (a full disk); what was written is removed.
     """
     out = out.resolve()
     partial, replaced = out.with_name(out.name + PARTIAL), out.with_name(out.name + REPLACED)
@@ -46,7 +45,7 @@ def new_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
             _empty(partial)
             (partial / NOTE_FILE).write_text(
                 "{}\n", encoding="utf-8"
-            )  # whose folder it is, if this is killed
+            )  # identifies the folder if this process is killed
             yield partial
             _commit(partial, out, replaced, overwrite=overwrite)
         except BaseException:
@@ -55,7 +54,7 @@ def new_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
 
 
 def require_room(folder: Path, size: int) -> None:
-    """Refuse to begin what cannot be finished.
+    """Refuse to begin an export that does not fit the disk.
 
     Raises:
         ExportError: the disk of `folder` has less than `size` bytes left.
@@ -92,7 +91,7 @@ def _is_export(folder: Path) -> bool:
 
 
 def _others(folder: Path) -> list[str]:
-    """Names in a folder that no export makes."""
+    """Return names in a folder that no export makes."""
     return sorted(path.name for path in folder.iterdir() if not _is_made_by_export(path))
 
 
@@ -110,12 +109,12 @@ def _empty(partial: Path) -> None:
 
 
 def _commit(partial: Path, out: Path, replaced: Path, *, overwrite: bool) -> None:
-    """Give the folder its name. At every instant the old or the new one is whole somewhere."""
+    """Rename the folder to its final name. At every instant the old or the new one is complete under some name."""
     for path in partial.iterdir():
         if path.name != LOCK_FILE:
             to_disk(path)
     to_disk(partial)
-    _refuse_what_is_there(out, overwrite=overwrite)  # again: the export took a while
+    _refuse_what_is_there(out, overwrite=overwrite)  # checked again, since the export took a while
     if out.is_dir() and any(out.iterdir()):
         if replaced.is_dir() and _is_export(replaced):
             shutil.rmtree(replaced)
@@ -129,7 +128,7 @@ def _commit(partial: Path, out: Path, replaced: Path, *, overwrite: bool) -> Non
 
 @contextlib.contextmanager
 def _as_sentences(out: Path, partial: Path) -> Iterator[None]:
-    """Say what the disk refused, also where the error names no file; those of files elsewhere stay as they are."""
+    """Turn the disk's errors into ExportErrors, also those without a file name; errors of other files pass."""
     try:
         yield
     except OSError as error:

@@ -1,8 +1,8 @@
 """The joint low-rank basis of the memory: what the rows of all tokens and blocks have in common.
 
-The rows of a token side by side are a vector of C = K * D elements; the basis has the r orthonormal directions in
-which those of all tokens together are largest, the right singular vectors of [V, C]. At the same size it keeps
-more than one basis a table, as tables share directions.
+A token's rows side by side are a vector of C = K * D elements. The basis consists of the r orthonormal directions
+in which the vectors of all tokens have the most energy: the right singular vectors of [V, C]. At the same size it
+keeps more than one basis per table would, since the tables share directions.
 
 Shapes: N rows of a chunk, V vocabulary, K memory blocks, D width, C = K * D, r rank.
 """
@@ -18,31 +18,31 @@ from tide_mega.hf.rows_tide import RowError, refuse_unusable
 
 @dataclass(frozen=True)
 class JointBasis:
-    """What `joint_basis` found."""
+    """Result of `joint_basis`."""
 
     basis_rC: Tensor
-    """fp32, rows orthonormal, the strongest direction first."""
+    """fp32, orthonormal rows, in descending order of energy."""
     energies_r: Tensor
-    """The part of the rows' squares that lies in each of its directions, fp32."""
+    """Share of the rows' squared norm along each direction, fp32."""
 
     @property
     def energy_kept(self) -> float:
-        """The part that lies in all of them."""
+        """Share of the squared norm along all of them."""
         return float(self.energies_r.sum())
 
 
 def joint_basis(chunks: Iterable[Tensor], rank: int) -> JointBasis:
-    """Return the best basis of rank r of finished rows, which are read once.
+    """Return the optimal basis of rank r of finished rows, which are read once.
 
-    Takes 12 C^2 bytes beside a chunk and some 2 V C^2 + 9 C^3 operations: at V = 128,256, K = 8, D = 2,048 that is
-    3.2 GB and, from 3.8 s at C = 3,072, half an hour of one core.
+    Takes 12 C^2 bytes besides a chunk, and about 2 V C^2 + 9 C^3 operations: at V = 128,256, K = 8, D = 2,048
+    that is 3.2 GB and, from 3.8 s at C = 3,072, half an hour of one core.
 
     Args:
         chunks: rows [N, K, D] of all tokens.
         rank: r, from 1 to C.
 
     Raises:
-        RowError: a row is not finite, or the squares of rows leave the range of fp32.
+        RowError: a row is not finite, or the squares of rows exceed the range of fp32.
         ValueError: there are no rows, or the rank is not in 1..C.
     """
     gram_CC: Tensor | None = None

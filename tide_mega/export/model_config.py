@@ -1,4 +1,4 @@
-"""config.json and generation_config.json of an exported folder."""
+"""Builds config.json and generation_config.json of an exported folder."""
 
 from typing import Any
 
@@ -18,8 +18,8 @@ _AUTO_MAP = {
 def model_config(config: TideConfig, choice: Choice, eos_id: int) -> dict[str, Any]:
     """Return config.json without the memory: Llama's keys, enough for K = 0.
 
-    Training puts the end-of-document token between documents, so that each begins after one: it begins a text,
-    ends it, and pads it.
+    Training puts the end-of-document token between documents, so each document follows one: it serves as BOS, EOS
+    and padding token.
     """
     model = config.model
     return {
@@ -39,7 +39,7 @@ def model_config(config: TideConfig, choice: Choice, eos_id: int) -> dict[str, A
         "mlp_bias": False,
         "max_position_embeddings": config.data.seq_length,
         "rms_norm_eps": model.norm_eps,
-        # transformers 5 reads the first, what came before it the second.
+        # transformers 5 reads the first, earlier versions the second.
         "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
         "rope_theta": model.rope_theta,
         "initializer_range": model.init_std,
@@ -54,14 +54,14 @@ def model_config(config: TideConfig, choice: Choice, eos_id: int) -> dict[str, A
 def memory_config(
     row_format: RowFormat, choice: Choice, part_rows: int, fingerprint: str | None, vocabulary: str
 ) -> dict[str, Any]:
-    """Return what K > 0 adds to config.json, and replaces in it.
+    """Return the keys that K > 0 adds to config.json or replaces in it.
 
     Args:
-        row_format: of the stored rows.
+        row_format: format of the stored rows.
         choice: whether they are among the weights.
-        part_rows: of each tensor that the memory is cut into.
-        fingerprint: of the sidecar.
-        vocabulary: fingerprint of the tokenizer's, so that another one is noticed.
+        part_rows: rows of each tensor that the memory is split into.
+        fingerprint: the sidecar's.
+        vocabulary: fingerprint of the tokenizer's vocabulary, by which another tokenizer is detected.
     """
     return {
         "architectures": ["TideForCausalLM"],
@@ -78,5 +78,5 @@ def memory_config(
 
 
 def generation_config(eos_id: int) -> dict[str, Any]:
-    """Return generation_config.json: greedy unless told otherwise."""
+    """Return generation_config.json: greedy by default."""
     return {"bos_token_id": eos_id, "eos_token_id": eos_id, "pad_token_id": eos_id}

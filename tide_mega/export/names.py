@@ -1,4 +1,4 @@
-"""Names of weights: ours (`tide_mega.model.canonical`) and those of transformers' Llama, to and fro."""
+"""Maps weight names between ours (`tide_mega.model.canonical`) and those of transformers' Llama."""
 
 import re
 
@@ -24,7 +24,7 @@ _OF_LAYER_BACK = {theirs: ours for ours, theirs in _OF_LAYER.items()}
 
 
 def llama_name(name: str) -> str:
-    """Return transformers' name of a weight outside the memory.
+    """Return transformers' name for a weight outside the memory.
 
     Raises:
         KeyError: there is no such weight.
@@ -35,7 +35,7 @@ def llama_name(name: str) -> str:
 
 
 def canonical_name(name: str) -> str:
-    """Return our name of a weight of transformers' Llama, or of a router.
+    """Return our name for a weight of transformers' Llama, or of a router.
 
     Raises:
         KeyError: there is no such weight.

@@ -1,4 +1,4 @@
-"""What `python -m tide_mega.export` can be told."""
+"""Options of `python -m tide_mega.export`."""
 
 import math
 import re
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from omegaconf import MISSING
 
-from tide_mega.config.errors import refuse
+from tide_mega.errors import refuse
 
 DTYPES = ("fp32", "bf16")
 FORMATS = ("fp32", "bf16", "int8", "int4", "nf4")
@@ -27,7 +27,7 @@ class ExportOptions:
     """bf16 or fp32, of the weights outside the memory, and of the computation where they are loaded."""
     tables: str | None = None
     """How the memory's rows are stored: bf16 or fp32; int8 (a scale a row), int4 (a scale for 32 elements), nf4
-    (for 64), or rank:p, the part p of the joint rank of all tables. null means `dtype`."""
+    (for 64), or rank:p, the share p of the joint rank of all tables. null means `dtype`."""
     memory: str = "inline"
     """inline: the memory is among the weights, and tables in bf16 or fp32 can be trained on. sidecar: it is a file
     of its own with all rows of a token side by side, which can stay in host memory or on disk."""
@@ -44,30 +44,30 @@ class ExportOptions:
 
 @dataclass(frozen=True)
 class Choice:
-    """How weights are stored: what of the options a folder's bytes depend on."""
+    """How weights are stored: the options that determine a folder's bytes."""
 
     dtype: str = "bf16"
     tables: str = "bf16"
     """fp32, bf16, int8, int4, nf4 or rank."""
     rank: float | None = None
-    """With tables=rank, the part of K d kept."""
+    """With tables=rank, the share of K d kept."""
     memory: str = "inline"
 
     @property
     def is_trained(self) -> bool:
-        """Whether tables stay as they were trained, with the gains of their norms, rather than finished rows."""
+        """Whether tables are stored as trained, with the gains of their norms, rather than as finished rows."""
         return self.memory == "inline" and self.tables in DTYPES
 
     def columns(self, num_blocks: int, width: int) -> int | None:
-        """Return r, the columns kept of the joint rank; None unless tables=rank."""
+        """Return r, the number of columns of the joint basis; None unless tables=rank."""
         return None if self.rank is None else math.ceil(self.rank * num_blocks * width)
 
 
 def choose(options: ExportOptions) -> Choice:
-    """Take from the options how weights are stored.
+    """Return the storage choice that the options make.
 
     Raises:
-        ConfigError: a value that is not known, or two that exclude each other.
+        ConfigError: an unknown value, or two that exclude each other.
     """
     for name, allowed in (("dtype", DTYPES), ("memory", ("inline", "sidecar"))):
         if (value := getattr(options, name)) not in allowed:

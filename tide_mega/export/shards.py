@@ -1,8 +1,8 @@
-"""safetensors files written piece by piece, so that no tensor has to be in memory whole.
+"""Writes safetensors files piece by piece, so that no tensor is ever held in memory whole.
 
-The library writes whole tensors alone: an embedding of 1 GB would take 1 GB. The format is a header in JSON with
-the place of every tensor, and then their bytes (https://github.com/huggingface/safetensors, "Format"); tests read
-the files with the library.
+The safetensors library writes whole tensors only: an embedding of 1 GB would take 1 GB. The format is a JSON
+header with the position of every tensor, followed by their bytes (https://github.com/huggingface/safetensors,
+"Format"). The tests read the files with the library.
 """
 
 import json
@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tide_mega.data.atomic import to_disk
+from tide_mega.files import to_disk
 
 SHARD_BYTES = 512 * 10**6
 INDEX_FILE = "model.safetensors.index.json"
@@ -24,13 +24,13 @@ _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.uint8: "U8"}
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor to be written, and where its rows come from."""
+    """A tensor to be written, and the source of its rows."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     pieces: Callable[[], Iterable[Tensor]]
-    """Its rows in order, any number at a time, in any dtype."""
+    """Yields its rows in order, any number at a time, in any dtype."""
 
     @property
     def size(self) -> int:
@@ -39,7 +39,7 @@ class Entry:
 
 
 def plan_shards(entries: Iterable[Entry], most: int = SHARD_BYTES) -> list[list[Entry]]:
-    """Part entries, in their order, into files of at most `most` bytes; a larger entry has a file of its own."""
+    """Split entries, in order, into files of at most `most` bytes; a larger entry gets its own file."""
     shards: list[list[Entry]] = []
     left = 0
     for entry in entries:
@@ -52,16 +52,16 @@ def plan_shards(entries: Iterable[Entry], most: int = SHARD_BYTES) -> list[list[
 
 
 def write_shards(folder: Path, shards: list[list[Entry]], wrote: Callable[[int], object]) -> None:
-    """Write model.safetensors, or several and their index, and see them to disk.
+    """Write model.safetensors, or several shards and their index, and flush them to disk.
 
     Args:
-        folder: where.
+        folder: where to write.
         shards: the tensors of each file.
-        wrote: told of bytes as they are written.
+        wrote: called with the number of bytes as they are written.
 
     Raises:
         OSError: a file cannot be written.
-        RuntimeError: the pieces of an entry are not its shape.
+        RuntimeError: the pieces of an entry do not have its shape.
     """
     if len(shards) == 1:
         write_file(folder / "model.safetensors", shards[0], wrote)
@@ -78,8 +78,8 @@ def write_shards(folder: Path, shards: list[list[Entry]], wrote: Callable[[int],
 
 
 def write_file(path: Path, entries: list[Entry], wrote: Callable[[int], object] = lambda size: None) -> None:
-    """Write one file and see it to disk; see `write_shards`."""
-    # Wider elements first, as the library orders them: every tensor begins at a multiple of its element's size.
+    """Write one file and flush it to disk; see `write_shards`."""
+    # Wider elements first, as in the library: every tensor is then aligned to its element size.
     entries = sorted(entries, key=lambda entry: -entry.dtype.itemsize)
     with path.open("wb") as file:
         file.write(_header(entries))

@@ -1,7 +1,7 @@
-"""The tokenizer of an exported folder, as transformers reads it.
+"""Writes the tokenizer of an exported folder in the form that transformers reads.
 
-It encodes text to the ids that training saw: nothing is added at either end. One thing differs: transformers takes
-the name of a special token in a text for that token, where training takes it for text.
+It encodes text to the ids that training saw: nothing is added at either end. One difference remains: transformers
+encodes the name of a special token within a text as that token, training as plain text.
 """
 
 import json
@@ -10,9 +10,9 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
-from tide_mega.config.errors import ConfigError
 from tide_mega.data.index import DatasetIndex
 from tide_mega.data.tokenizer import BYTE_OF_CHARACTER, Llama3Tokenizer, load_tokenizer
+from tide_mega.errors import ConfigError
 from tide_mega.hf.tokens_tide import TOKENIZER_FILE
 
 CONFIG_FILE = "tokenizer_config.json"
@@ -23,15 +23,15 @@ def write_tokenizer(data: Path, folder: Path, max_length: int) -> int:
 
     Args:
         data: the dataset.
-        folder: where to.
-        max_length: tokens the model was trained on at a time.
+        folder: where to write.
+        max_length: sequence length of the training.
 
     Returns:
         The id of the end-of-document token.
 
     Raises:
         ConfigError: the tokenizer is not the one that made the dataset's tokens.
-        OSError: it cannot be written.
+        OSError: a file cannot be written.
     """
     index = DatasetIndex.load(data)
     source = data / index.tokenizer.file
@@ -55,7 +55,7 @@ def write_tokenizer(data: Path, folder: Path, max_length: int) -> int:
 
 
 def tokenizer_config(eos: str, max_length: int) -> dict[str, Any]:
-    """Return tokenizer_config.json; the end-of-document token begins, ends and pads, as in config.json."""
+    """Return tokenizer_config.json; the end-of-document token is BOS, EOS and padding, as in config.json."""
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": eos,
@@ -68,7 +68,7 @@ def tokenizer_config(eos: str, max_length: int) -> dict[str, Any]:
 
 
 def without_additions(text: str) -> str:
-    """Return a tokenizer.json without what its training left out: tokens at the ends, truncation, padding."""
+    """Return a tokenizer.json without what training did not use: tokens at the ends, truncation, padding."""
     description = json.loads(text)
     description |= {"truncation": None, "padding": None, "post_processor": None}
     return json.dumps(description, ensure_ascii=False)
@@ -77,8 +77,8 @@ def without_additions(text: str) -> str:
 def converted(tokenizer: Llama3Tokenizer) -> str:
     """Return the tokenizer.json that encodes as Llama-3's tokenizer.model does.
 
-    tiktoken merges whichever neighbours make the token of the lowest rank. So does a BPE whose merges are, by the
-    rank of what they make, every pair of tokens that make a token.
+    tiktoken merges the neighbours that form the token of the lowest rank. A BPE does the same if its merges are
+    all pairs of tokens that form a token, ordered by that token's rank.
     """
     spelling = {byte: character for character, byte in BYTE_OF_CHARACTER.items()}
     ranks = tokenizer.ranks

@@ -1,6 +1,6 @@
-"""The tensors of an exported folder, read from a checkpoint some rows at a time.
+"""The tensors of an exported folder, read from a checkpoint a few rows at a time.
 
-Shapes: V vocabulary, K memory blocks, D width, R bytes of a record.
+Shapes: N rows of a chunk, V vocabulary, K memory blocks, D width, R bytes of a record, r rank.
 """
 
 import logging
@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from tide_mega.config.schema import TideConfig
-from tide_mega.export.errors import ExportError
+from tide_mega.errors import ExportError
 from tide_mega.export.low_rank import joint_basis
 from tide_mega.export.names import llama_name
 from tide_mega.export.options import Choice
 from tide_mega.export.shards import SHARD_BYTES, Entry
 from tide_mega.hf.rows_tide import RowFormat, finished, part_bounds
 from tide_mega.model.canonical import GAINS, TABLES
-from tide_mega.model.spec import DTYPES
+from tide_mega.parallel.device import DTYPES
 from tide_mega.trained.run import StoredWeights
 
 log = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ def base_entries(weights: StoredWeights, dtype: torch.dtype) -> list[Entry]:
 
 
 def _place(name: str) -> tuple[int, int, str]:
-    """Sort as the model computes: embedding, layers by number, final norm, output."""
+    """Sort key in the order of computation: embedding, layers by number, final norm, output."""
     if name.startswith("layers."):
         return 1, int(name.split(".")[1]), name
     return (0 if name.startswith("embedding") else 2), 0, name
@@ -51,7 +51,7 @@ class MemoryRows:
     """The memory of a checkpoint in one of the formats of `tide_mega.hf.rows_tide`."""
 
     def __init__(self, weights: StoredWeights, config: TideConfig, choice: Choice) -> None:
-        """Describe it; `prepare` comes before rows are made."""
+        """Describe the memory; call `prepare` before producing rows."""
         self.weights, self.choice, self.eps = weights, choice, config.model.norm_eps
         self.num_rows, K, D = weights.shape(TABLES)
         self.format = RowFormat(choice.tables, K, D, choice.columns(K, D))
@@ -59,10 +59,10 @@ class MemoryRows:
         """[r, K D] of tables=rank, bf16."""
 
     def prepare(self) -> None:
-        """Find what all rows share, the basis of tables=rank; reads them once.
+        """Compute what all rows share, the basis of tables=rank; reads the rows once.
 
         Raises:
-            ExportError: it takes more memory than there is.
+            ExportError: it needs more memory than there is.
             RowError: a row is not finite.
         """
         if self.format.basis_shape is None:
@@ -81,18 +81,18 @@ class MemoryRows:
 
     @property
     def row_bytes(self) -> int:
-        """Of all that is stored for a token."""
+        """Bytes stored per token."""
         if self.choice.is_trained:
             return self.format.num_blocks * self.format.width * DTYPES[self.choice.tables].itemsize
         return self.format.record_bytes
 
     @property
     def part_rows(self) -> int:
-        """Rows of the tensors that the memory is cut into, so that each fits a file."""
+        """Rows of each tensor that the memory is split into, so that each fits a file."""
         return min(self.num_rows, max(1, SHARD_BYTES // self.row_bytes))
 
     def entries(self) -> list[Entry]:
-        """Return the tensors that are written among the weights; none for a sidecar."""
+        """Return the tensors written among the weights; none for a sidecar."""
         if self.choice.memory == "sidecar":
             return []
         K, D = self.format.num_blocks, self.format.width

@@ -1,4 +1,4 @@
-"""The check of all nodes, round by round."""
+"""The health check of all nodes, round by round."""
 
 import os
 import secrets
@@ -14,7 +14,7 @@ from tide_mega.health import probes
 from tide_mega.health.collective import entered, run_rounds
 from tide_mega.health.facts import Facts, collect
 from tide_mega.health.links import Floors, Suspicion, suspect
-from tide_mega.health.meeting import Meeting
+from tide_mega.health.meeting import StoreRendezvous
 from tide_mega.health.rounds import Group, plan
 from tide_mega.health.verdict import Finding, judge, table
 from tide_mega.parallel.device import choose_device
@@ -22,29 +22,29 @@ from tide_mega.parallel.groups import World
 from tide_mega.parallel.interface import choose_interface
 
 PATIENCE = 180.0
-"""Seconds that rank 0 waits for the others; a first import from a cold file system takes its time."""
+"""Seconds that rank 0 waits for the others; a first import from a cold file system is slow."""
 COLLECTIVES = 120.0
-"""Seconds for all all-reduces together, NCCL's start in each group included."""
+"""Seconds for all all-reduces together, including NCCL's initialisation in each group."""
 BYTES_PER_PARAMETER = 12
-"""In a checkpoint: fp32 master weight and AdamW's two moments."""
+"""Bytes per parameter in a checkpoint: fp32 master weight and AdamW's two moments."""
 
 
 def check(config: TideConfig, world: World, patience: float = PATIENCE, limit: float = COLLECTIVES) -> bool:
-    """Whether every node may take part; collective. Rank 0 prints the table and what is wrong.
+    """Return whether every node may take part; collective. Rank 0 prints the table and what is wrong.
 
-    Nodes named sick also go, one a line, to the file that TIDE_SICK_LIST names. After a verdict against them the
-    process should end by `os._exit`: a thread of it may hang in a collective.
+    Sick nodes are also written, one per line, to the file named by TIDE_SICK_LIST. After a negative result the
+    process should end by `os._exit`, since one of its threads may hang in a collective.
 
     Args:
         config: of the training.
-        world: this process among all.
+        world: rank of this process and number of processes.
         patience: seconds that rank 0 waits for the others in each round of messages.
         limit: seconds for all collectives together, after which they count as hung.
     """
     address, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ.get("MASTER_PORT", "0"))
     facts = collect(config, world)
     try:
-        meeting = Meeting(address, port, world.rank, world.size, patience)
+        meeting = StoreRendezvous(address, port, world.rank, world.size, patience)
     except ConnectionError as error:
         print(f"{facts.node}, rank {world.rank}: {error}", file=sys.stderr, flush=True)
         return False
@@ -62,7 +62,7 @@ def check(config: TideConfig, world: World, patience: float = PATIENCE, limit: f
     if facts.speaks_for_node:
         _note(facts, probes.see(root, token, writers))
     rounds = plan(node_of_rank)
-    # A rank that cannot use its GPU would keep the others waiting.
+    # A rank that cannot use its GPU would make the others wait.
     able = meeting.collect("able", facts.device_works, present)
     if meeting.announce("all able", len(able) == world.size and all(able.values())):
         device = choose_device(config.cluster.device, world.local_rank)
@@ -80,7 +80,9 @@ def check(config: TideConfig, world: World, patience: float = PATIENCE, limit: f
     is_healthy = meeting.announce("verdict", verdict)
     if facts.speaks_for_node:
         probes.unmark(root, token, world.rank)
-    meeting.collect("end", None, set(collected))  # rank 0 keeps the store until all who are left have read it
+    meeting.collect(
+        "end", None, set(collected)
+    )  # rank 0 keeps the store until all remaining ranks have read it
     return bool(is_healthy)
 
 
@@ -89,7 +91,7 @@ def _suspicions(
     reports: Sequence[Facts],
     node_of_rank: dict[int, str],
     rounds: Sequence[Sequence[Group]],
-    meeting: Meeting,
+    meeting: StoreRendezvous,
     limit: float,
 ) -> list[Suspicion]:
     outcomes = {report.rank: report.outcome for report in reports if report.outcome is not None}
@@ -131,7 +133,7 @@ def _conclude(
 
 
 def _names(missing: set[int], node_of_rank: dict[int, str], local_size: int) -> list[str]:
-    """The nodes of ranks that did not come, or fell silent; as the job script lists them, else their numbers."""
+    """Return the nodes of missing or silent ranks: as listed by the job script, else their numbers."""
     nodes = os.environ.get("TIDE_NODES", "").split()
     listed = {rank: nodes[rank // local_size] for rank in missing if rank // local_size < len(nodes)}
     return list(dict.fromkeys((listed | node_of_rank).get(rank, f"rank {rank}") for rank in sorted(missing)))

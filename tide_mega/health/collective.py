@@ -1,4 +1,4 @@
-"""All-reduces of known numbers in group after group, watched: one that hangs is noticed here and ends nothing."""
+"""Watched all-reduces of known numbers in group after group: a hang is detected and does not end the process."""
 
 import os
 import threading
@@ -15,24 +15,24 @@ from tide_mega.health.rounds import Group
 from tide_mega.parallel.device import Device
 
 TIMES = 3
-"""All-reduces in each group, of which the fastest counts."""
+"""All-reduces per group, of which the fastest counts."""
 _LENGTHS = {"cuda": 2**26, "cpu": 2**20}
-"""Numbers in each."""
+"""Numbers per all-reduce, by device type."""
 _SCALES = 7
 _EXACT = 2**24
-"""Up to here every whole number is an fp32 number."""
+"""All integers up to here are exact in fp32."""
 
 
 @dataclass
 class Outcome:
-    """What a process saw of the groups it is in, by their names."""
+    """What a process observed in its groups, by group name."""
 
     rates: dict[str, float] = field(default_factory=dict)
-    """Bus bandwidth in bytes per second, of those that went well."""
+    """Bus bandwidth in bytes per second, of groups that succeeded."""
     failures: dict[str, str] = field(default_factory=dict)
-    """What went wrong in those that did not."""
+    """What went wrong in the other groups."""
     stuck: str | None = None
-    """The group in which this process was when its time was up; None if it got through."""
+    """The group in which this process was when the time was up; None if it finished."""
 
 
 def run_rounds(
@@ -44,34 +44,34 @@ def run_rounds(
     limit: float,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Outcome:
-    """Add up known numbers in one group after the other, in a thread of its own.
+    """All-reduce known numbers in one group after the other, in a separate thread.
 
-    A thread that is stuck in a collective cannot be ended. After an outcome that says so this process must not
-    touch its GPU again, and leave by `os._exit`.
+    A thread stuck in a collective cannot be ended. If the outcome says so, this process must not use its GPU
+    again and must exit by `os._exit`.
 
     Args:
-        groups: those of this process, in the order that is everywhere the same.
+        groups: of this process, in the same order on all processes.
         rank: of this process.
         device: of this process.
-        store: where the groups meet, and where every rank notes the groups that it has entered. This thread alone
-            may use it: a wait in it blocks everybody else's use of the same connection.
+        store: rendezvous of the groups, in which every rank also records the groups that it has entered. Only this
+            thread may use it, since a wait blocks all other use of the same connection.
         limit: seconds for all groups together.
-        clock: seconds that pass.
+        clock: monotonic time in seconds.
     """
-    # A collective that hangs is this function's to notice: NCCL's watchdog would abort the process and say nothing
-    # of the node. Read when the first group is made.
+    # This function detects a hanging collective itself: NCCL's watchdog would abort the process without naming the
+    # node. Read when the first group is created.
     os.environ.update(TORCH_NCCL_ASYNC_ERROR_HANDLING="0", TORCH_NCCL_ENABLE_MONITORING="0")
     outcome = Outcome()
 
     def work() -> None:
         if device.is_cuda:
-            torch.cuda.set_device(device.torch_device)  # the current device is each thread's own
+            torch.cuda.set_device(device.torch_device)  # the current device is per thread
         for group in groups:
             outcome.stuck = group.name
             store.set(entered(group, rank), "")
             try:
                 outcome.rates[group.name] = _measure(group, rank, device, store, 10 * limit, clock)
-            except Exception as error:  # every backend has its own
+            except Exception as error:  # every backend has its own exceptions
                 outcome.failures[group.name] = " ".join(str(error).split())[:200] or type(error).__name__
             finally:
                 if dist.is_initialized():
@@ -81,12 +81,12 @@ def run_rounds(
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     thread.join(limit)
-    # A copy: the thread may come to its end while this is being reported.
+    # A copy: the thread may still finish while this is being reported.
     return Outcome(dict(outcome.rates), dict(outcome.failures), outcome.stuck if thread.is_alive() else None)
 
 
 def entered(group: Group, rank: int) -> str:
-    """Key under which a rank notes that it is about to meet the others of a group."""
+    """Return the key under which a rank records that it is about to enter a group's all-reduces."""
     return f"entered/{group.name}/{rank}"
 
 
@@ -96,8 +96,8 @@ def _measure(
     """Return the bus bandwidth, in bytes per second.
 
     Raises:
-        ArithmeticError: a wrong sum.
-        Exception: the backend's own.
+        ArithmeticError: a sum is wrong.
+        Exception: any error of the backend.
     """
     size, index = len(group.ranks), group.ranks.index(rank)
     dist.init_process_group(
@@ -119,16 +119,16 @@ def _measure(
         _wait_for(device)
         seconds = min(seconds, clock() - started)
         is_right = is_right and torch.equal(numbers, wanted)
-    if not is_right:  # not before the others, who may see right sums, have had all of theirs
+    if not is_right:  # not before the others, whose sums may be right, have completed theirs
         raise ArithmeticError("a wrong sum")
     return 2 * (size - 1) / size * numbers.nbytes / seconds
 
 
 def numbers_of(index: int, size: int) -> Tensor:
-    """What a member of a group adds [7 * bits]: the binary digits of index + 1, times 1 to 7.
+    """Return what a member of a group contributes [7 * bits]: the binary digits of index + 1, times 1 to 7.
 
-    No two members add the same, each adds something, and the sums over 2 million members are still whole numbers
-    that fp32 holds exactly, in whatever order they are added.
+    No two members contribute the same, none contributes only zeros, and sums over 2 million members are still
+    integers that fp32 holds exactly, in any order of addition.
 
     Raises:
         ValueError: the group is too large for exact sums.
@@ -142,14 +142,14 @@ def numbers_of(index: int, size: int) -> Tensor:
 
 
 def sum_of(size: int) -> Tensor:
-    """Return the sum of all members' numbers [7 * bits], counted in whole numbers."""
+    """Return the sum of all members' numbers [7 * bits], computed in integers."""
     counts = [_ones(size, bit) for bit in range(size.bit_length())]
     scales = torch.arange(1, _SCALES + 1, dtype=torch.int64)
     return torch.outer(scales, torch.tensor(counts, dtype=torch.int64)).flatten().float()
 
 
 def _ones(size: int, bit: int) -> int:
-    """How many of the numbers 1 to `size` have a binary digit set."""
+    """Return how many of the numbers 1 to `size` have a binary digit set."""
     whole, rest = divmod(size + 1, 2 ** (bit + 1))
     return whole * 2**bit + max(0, rest - 2**bit)
 

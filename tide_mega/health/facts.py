@@ -1,4 +1,4 @@
-"""What one process sees of its node."""
+"""What one process finds out about its node."""
 
 import os
 import shutil
@@ -14,13 +14,13 @@ from tide_mega.config.schema import TideConfig
 from tide_mega.health.collective import Outcome
 from tide_mega.parallel.device import Device, choose_device
 from tide_mega.parallel.groups import World
-from tide_mega.training.code_snapshot import running_code
-from tide_mega.training.environment import describe_environment
+from tide_mega.run.code import running_code
+from tide_mega.run.environment import describe_environment
 
 
 @dataclass
 class Facts:
-    """A process's report; plain JSON values. Those of the node are filled in by its first process alone."""
+    """A process's report, as plain JSON values; only a node's first process fills in those of the node."""
 
     rank: int
     node: str
@@ -33,16 +33,16 @@ class Facts:
     gpus: list[str] = field(default_factory=list)
     """Name and memory of each GPU that is visible."""
     root_free: int | None = None
-    """Bytes free where runs are written; None where that cannot be told."""
+    """Free bytes where runs are written; None if unknown."""
     tmp_free: int | None = None
     clock: float = 0.0
-    """Seconds since 1970, taken at the same moment on all ranks as far as their messages allow."""
+    """Unix time, taken as simultaneously on all ranks as their messages allow."""
     outcome: Outcome | None = None
-    """How the all-reduces went; None where there were none."""
+    """Result of the all-reduces; None if there were none."""
 
     @classmethod
     def from_json(cls, report: dict[str, Any]) -> "Facts":
-        """What `dataclasses.asdict` and JSON have made of facts."""
+        """Rebuild facts from `dataclasses.asdict` after a round trip through JSON."""
         outcome = report.pop("outcome")
         return cls(**report, outcome=None if outcome is None else Outcome(**outcome))
 
@@ -53,7 +53,7 @@ class Facts:
 
 
 def collect(config: TideConfig, world: World) -> Facts:
-    """Look at this process's node; what cannot be looked at becomes a problem, never an exception."""
+    """Examine this process's node; failures become problems in the report, never exceptions."""
     node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     facts = Facts(world.rank, node, world.local_rank, world.local_size)
     device: Device | None = None
@@ -74,7 +74,7 @@ def collect(config: TideConfig, world: World) -> Facts:
 
 
 def versions(device: torch.device, world_size: int) -> dict[str, str]:
-    """Return what must be the same on all nodes: versions, and the code itself."""
+    """Return what must be equal on all nodes: versions, and the code itself."""
     environment = describe_environment(device, world_size)
     found = {"python": environment["python"], "cuda": environment["cuda"], "code": running_code().id}
     found |= environment["packages"] | environment["optional"]
@@ -88,7 +88,7 @@ def _try_gpu(device: torch.device) -> None:
 
 
 def _gpus(problems: list[str]) -> list[str]:
-    """Name and memory of each GPU; one that does not answer is a problem and keeps its place among the others."""
+    """Return name and memory of each GPU; one that does not respond is a problem but keeps its place."""
     return [_gpu(index, problems) for index in range(torch.cuda.device_count())]
 
 

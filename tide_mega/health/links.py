@@ -1,4 +1,4 @@
-"""Which nodes the rounds of all-reduces speak against: those that hang, add up wrongly, or are slow."""
+"""Names the nodes that the all-reduces speak against: those that hang, compute wrong sums, or are slow."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,9 +8,9 @@ from tide_mega.config.schema import ClusterConfig
 from tide_mega.health.collective import Outcome
 from tide_mega.health.rounds import Group
 
-# Bus bandwidth in GB/s that an all-reduce of 256 MiB reaches at least, within a node and between two: about half
-# of what NVLink gives, and more than TCP where a node should have InfiniBand or its like for each GPU. Estimates
-# from data sheets, not measured. The first name contained in the device's name counts.
+# Minimum bus bandwidth in GB/s of an all-reduce of 256 MiB within a node and between two: about half of NVLink's
+# rate, and more than TCP reaches where a node should have InfiniBand or similar for each GPU. Estimates from
+# data sheets, not measured. The first key that is contained in the device's name applies.
 _FLOORS = (
     ("B200", 300.0, 20.0),
     ("GH200", 20.0, 10.0),
@@ -22,19 +22,19 @@ _FLOORS = (
     ("A100-SXM", 100.0, 10.0),
 )
 FAIR = 0.5
-"""Of the median of its kind, below which a group is slow even if it reaches the floor."""
+"""Fraction of the median of its kind below which a group is slow even if it reaches the floor."""
 
 
 @dataclass(frozen=True)
 class Floors:
-    """Bandwidths in bytes per second below which a node should not take part; 0 judges nothing."""
+    """Bandwidths in bytes per second below which a node should not take part; 0 disables the check."""
 
     node: float
     network: float
 
     @classmethod
     def of(cls, cluster: ClusterConfig, device_name: str) -> "Floors":
-        """Those of the configuration, else those known of the device, else none."""
+        """Return the floors of the configuration, else those known for the device, else none."""
         known = [floors for name, *floors in _FLOORS if name.lower() in device_name.lower()]
         node, network = known[0] if known else (0.0, 0.0)
         if cluster.min_node_gbs is not None:
@@ -49,17 +49,17 @@ class Suspicion:
     """Something wrong between ranks."""
 
     node: str | None
-    """None where no single node can be blamed."""
+    """None if no single node can be blamed."""
     what: str
 
 
 @dataclass(frozen=True)
 class _Result:
-    """How the all-reduce of a group went that all its ranks came to."""
+    """The result of a group's all-reduce in which all its ranks took part."""
 
     group: Group
     rate: float
-    """Bytes per second, that of the slowest rank; 0 where it failed."""
+    """Bytes per second of the slowest rank; 0 if it failed."""
     failure: str | None
 
     def __str__(self) -> str:
@@ -76,19 +76,19 @@ def suspect(
     floors: Floors,
     limit: float,
 ) -> list[Suspicion]:
-    """Judge what the ranks report of the rounds.
+    """Judge the ranks' reports of the rounds.
 
     Args:
         rounds: of the check.
         node_of_rank: of the ranks that took part.
         outcomes: of the ranks that reported.
-        entered: the ranks that came to each group, by its name.
+        entered: the ranks that entered each group, by group name.
         floors: bandwidths that must be reached.
-        limit: seconds that the rounds had.
+        limit: time limit of the rounds in seconds.
     """
     groups = [group for groups in rounds for group in groups]
     found = _absent(groups, node_of_rank, outcomes, entered, limit)
-    # A group that a rank did not come to, or fell silent in, says nothing of its other ranks.
+    # A group that a rank did not enter, or fell silent in, says nothing about its other ranks.
     results = [_result(g, outcomes, limit) for g in groups if set(g.ranks) <= entered[g.name] & set(outcomes)]
     inside = [result for result in results if len(result.group.nodes) == 1]
     found += [Suspicion(result.group.nodes[0], str(result)) for result in _bad(inside, floors.node)]
@@ -111,7 +111,7 @@ def _absent(
     entered: Mapping[str, frozenset[int]],
     limit: float,
 ) -> list[Suspicion]:
-    """Ranks that came through one group and not to their next; those that fell silent are named elsewhere."""
+    """Return ranks that finished one group but did not enter their next; silent ones are named elsewhere."""
     found = []
     for rank, outcome in outcomes.items():
         node = node_of_rank[rank]
@@ -133,14 +133,14 @@ def _result(group: Group, outcomes: Mapping[int, Outcome], limit: float) -> _Res
 
 
 def _bad(results: Sequence[_Result], floor: float) -> list[_Result]:
-    """Those that failed, or are slower than the floor or than is fair among them."""
+    """Return the groups that failed, or are slower than the floor or than `FAIR` of their median."""
     rates = [result.rate for result in results if result.failure is None]
     least = max(floor, FAIR * median(rates)) if rates and floor else 0.0
     return [result for result in results if result.failure is not None or result.rate < least]
 
 
 def _blame(pairs: Sequence[_Result], floor: float) -> list[Suspicion]:
-    """From bad pairs to nodes: who does well with one neighbour is not to blame for how it does with the other."""
+    """Derive nodes from bad pairs: a node that does well with one neighbour is not to blame for the other."""
     bad = _bad(pairs, floor)
     well = {node for result in pairs if result not in bad for node in result.group.nodes}
     doubtful = {result: [node for node in result.group.nodes if node not in well] for result in bad}
@@ -150,7 +150,7 @@ def _blame(pairs: Sequence[_Result], floor: float) -> list[Suspicion]:
         if not nodes:
             found.append(Suspicion(None, f"{result}, though both do well with their other neighbours"))
         elif len(nodes) == 2 and not blamed & set(nodes):
-            # Where others do well it is one of these two; where none does it is all, or what joins them.
+            # If other pairs do well it is one of these two; if none does it is all nodes, or the network.
             found += (
                 [Suspicion(node, str(result)) for node in nodes] if well else [Suspicion(None, str(result))]
             )

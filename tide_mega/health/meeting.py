@@ -1,4 +1,4 @@
-"""How the ranks talk during the check: over a key-value store of rank 0, which works where collectives do not."""
+"""Messages between ranks during the check, over rank 0's key-value store, which works where collectives fail."""
 
 import json
 import time
@@ -8,10 +8,10 @@ from typing import Any
 import torch.distributed as dist
 
 
-class Meeting:
-    """All ranks that have arrived, around rank 0's store.
+class StoreRendezvous:
+    """All ranks that have connected to rank 0's store.
 
-    `other_store` is a second connection to it, for another thread: one that waits blocks its connection.
+    `other_store` is a second connection to it for another thread, since a waiting thread blocks its connection.
     """
 
     def __init__(self, address: str, port: int, rank: int, size: int, patience: float) -> None:
@@ -21,11 +21,11 @@ class Meeting:
             address: of rank 0.
             port: of the store.
             rank: of this process.
-            size: processes.
+            size: number of processes.
             patience: seconds that rank 0 waits for the others in each round.
 
         Raises:
-            ConnectionError: rank 0 was not to be reached.
+            ConnectionError: rank 0 could not be reached.
         """
         self.rank, self.size, self._patience = rank, size, patience
         try:
@@ -35,11 +35,11 @@ class Meeting:
             raise ConnectionError(f"rank 0 at {address}:{port} was not reached: {error}") from error
 
     def has(self, key: str) -> bool:
-        """Whether some rank has set a key of the store."""
+        """Return whether some rank has set a key of the store."""
         return bool(self.store.check([key]))
 
     def collect(self, round_name: str, value: Any, expected: set[int]) -> dict[int, Any]:
-        """Hand `value` to rank 0; it gets those of the expected ranks that come in time, the others nothing."""
+        """Send `value` to rank 0, which gets those of expected ranks that arrive in time; others get nothing."""
         self.store.set(f"{round_name}/{self.rank}", json.dumps(value))
         if self.rank != 0:
             return {}
@@ -53,7 +53,7 @@ class Meeting:
         return {rank: json.loads(self.store.get(f"{round_name}/{rank}")) for rank in present}
 
     def announce(self, name: str, value: Any = None) -> Any:
-        """Hand rank 0's value to all; it comes when rank 0 says it."""
+        """Broadcast rank 0's value; the others wait for it."""
         if self.rank == 0:
             self.store.set(name, json.dumps(value))
             return value

@@ -1,15 +1,15 @@
-"""What takes all nodes together: files that they must see of each other."""
+"""A check that takes all nodes together: each writes a file that the others must see."""
 
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 _SEEN_WITHIN = 10.0
-"""Seconds after which a file must be seen on other nodes: shared file systems cache."""
+"""Seconds within which a file must be visible on other nodes, since shared file systems cache."""
 
 
 def mark(root: Path, token: str, rank: int) -> str | None:
-    """Write this node's file in `root`; return what went wrong."""
+    """Write this node's file to `root`; return what went wrong, or None."""
     try:
         _file(root, token, rank).write_text(token)
     except OSError as error:
@@ -18,7 +18,7 @@ def mark(root: Path, token: str, rank: int) -> str | None:
 
 
 def see(root: Path, token: str, ranks: Sequence[int]) -> str | None:
-    """Look for the files of all nodes; return what is not seen."""
+    """Look for the files of all nodes; return what cannot be seen, or None."""
     deadline = time.monotonic() + _SEEN_WITHIN
     unseen = list(ranks)
     while unseen and time.monotonic() < deadline:
@@ -37,7 +37,7 @@ def unmark(root: Path, token: str, rank: int) -> None:
     try:
         _file(root, token, rank).unlink(missing_ok=True)
     except OSError:
-        return  # said already when it could not be written
+        return  # already reported when it could not be written
 
 
 def _holds(path: Path, token: str) -> bool:

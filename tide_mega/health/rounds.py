@@ -1,15 +1,15 @@
-"""Who adds up numbers with whom, so that a node that is slow, hangs or adds up wrongly is told from the rest."""
+"""Plans which ranks all-reduce together, so that a node that is slow, hangs or sums wrongly can be identified."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 EVERYBODY = "all"
-"""Name of the group of all ranks, where the nodes are more than two."""
+"""Name of the group of all ranks, used with more than two nodes."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Processes that make one all-reduce."""
+    """Processes that take part in one all-reduce."""
 
     nodes: tuple[str, ...]
     ranks: tuple[int, ...]
@@ -26,10 +26,10 @@ class Group:
 
 
 def plan(node_of_rank: Mapping[int, str]) -> list[list[Group]]:
-    """Return rounds of groups; those of a round have no rank in common.
+    """Return rounds of groups; the groups of a round are disjoint.
 
-    First every node by itself, where it has several ranks. Then neighbours, the nodes standing in a ring, so that
-    from three nodes on each meets two different others. At last all ranks, unless that was a group already.
+    First every node with several ranks by itself; then pairs of neighbours in a ring of nodes, so that with
+    three or more nodes each meets two different others; finally all ranks, unless they were already a group.
     """
     ranks: dict[str, list[int]] = {}
     for rank in sorted(node_of_rank):

@@ -1,4 +1,4 @@
-"""From the ranks' reports to what is wrong, where, and a table."""
+"""From the ranks' reports to what is wrong and where, and to a table."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from tide_mega.health.links import Suspicion
 from tide_mega.health.rounds import EVERYBODY
 
 MAX_SKEW = 2.0
-"""Seconds between a node's clock and the median's."""
+"""Maximum difference in seconds between a node's clock and the median."""
 MIN_TMP = 10**9
 
 
@@ -18,7 +18,7 @@ class Finding:
     """Something wrong."""
 
     node: str | None
-    """The node that should not take part; None where the fault is no single node's."""
+    """The node that should not take part; None if no single node is at fault."""
     what: str
 
     def __str__(self) -> str:
@@ -32,13 +32,13 @@ def judge(
     suspicions: Sequence[Suspicion] = (),
     checkpoint_bytes: int = 0,
 ) -> list[Finding]:
-    """Compare the reports.
+    """Compare the reports and return what is wrong.
 
     Args:
-        reports: of the ranks that came.
+        reports: of the ranks that took part.
         missing: names of those that did not.
-        suspicions: what the all-reduces have shown.
-        checkpoint_bytes: room that a checkpoint of this run needs.
+        suspicions: from the all-reduces.
+        checkpoint_bytes: size of a checkpoint of this run.
     """
     found = [Finding(name, "did not report in time") for name in missing]
     found += [Finding(report.node, problem) for report in reports for problem in report.problems]
@@ -61,7 +61,7 @@ def judge(
 
 
 def _differences(nodes: Sequence[Facts], attribute: str) -> list[Finding]:
-    """Nodes whose value is not the most common one; of equally common ones the lowest rank's counts."""
+    """Return nodes that differ from the most common value; of equally common ones the lowest rank's is used."""
     found = []
     values = {
         report.node: _named(getattr(report, attribute)) for report in nodes if getattr(report, attribute)
@@ -101,9 +101,9 @@ def _skews(reports: Sequence[Facts]) -> list[float]:
 
 
 def table(reports: Sequence[Facts]) -> str:
-    """Return a line for each node.
+    """Return a table with a line per node.
 
-    The bus bandwidths, in GB/s, are those within the node, with its better neighbour, and over all ranks.
+    Bus bandwidths, in GB/s, are given within the node, with its better neighbour, and over all ranks.
     """
     rows: list[tuple[str, ...]] = [
         (
@@ -136,7 +136,7 @@ def table(reports: Sequence[Facts]) -> str:
 
 
 def _rates(node: str, reports: Sequence[Facts]) -> tuple[float | None, float | None, float | None]:
-    """Bandwidth inside a node, with its better neighbour, over all: each that of its slowest rank."""
+    """Return the bandwidths within a node, with its better neighbour, and over all, each of the slowest rank."""
     seen = [report.outcome.rates for report in reports if report.outcome is not None]
     names = dict.fromkeys(name for rates in seen for name in rates)
     slowest = {name: min(rates[name] for rates in seen if name in rates) for name in names}

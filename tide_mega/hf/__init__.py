@@ -1,1 +1,1 @@
-"""What an exported folder holds as code: copied as it is, so that nothing here imports the rest of the package."""
+"""The code that exported folders contain: copied verbatim, so it imports nothing else from the package."""

@@ -1,4 +1,4 @@
-"""The configuration of a TIDE model (arXiv 2605.06216) for transformers: Llama's, and how the memory is stored."""
+"""The configuration of a TIDE model (arXiv 2605.06216) for transformers: Llama's, plus the memory's storage."""
 
 from typing import Any
 
@@ -9,16 +9,16 @@ class TideConfig(LlamaConfig):
     """Llama's configuration with K memory blocks.
 
     Args:
-        num_memory_blocks: K, tables of rows by token id that every layer reads.
-        memory_format: fp32 or bf16, tables as they were trained, with the gains of their norms (in a file:
-            normalised rows, gain folded in); or such rows, which are not trained: int8, int4, nf4, rank.
+        num_memory_blocks: K, the number of tables indexed by token id that every layer reads.
+        memory_format: fp32 or bf16 for tables as trained, with the gains of their norms (in a file: normalised
+            rows with the gain folded in); int8, int4, nf4 or rank for such rows, which cannot be trained.
         memory_rank: with memory_format=rank, columns of the joint low-rank factors.
-        memory_part_rows: rows of each tensor that the tables are cut into.
-        memory_file: a file beside the weights that holds the rows; None means they are among the weights.
-        memory_fingerprint: of that file's contents.
-        vocabulary_fingerprint: of the tokenizer's vocabulary, by which another one beside the weights is noticed.
-        memory_store: device, host or disk: where the rows of `memory_file` stay while the model runs.
-        memory_cache: with memory_store=disk, the part of the rows kept in memory once read.
+        memory_part_rows: rows of each tensor that the tables are split into.
+        memory_file: the file of rows beside the weights; None means they are among the weights.
+        memory_fingerprint: fingerprint of that file's contents.
+        vocabulary_fingerprint: of the tokenizer's vocabulary; detects another tokenizer beside the weights.
+        memory_store: device, host or disk: where the rows of `memory_file` are kept while the model runs.
+        memory_cache: with memory_store=disk, the share of the rows kept in memory once read.
         kwargs: see LlamaConfig.
     """
 

@@ -1,6 +1,6 @@
-"""The memory outside training: stores that hand out the rows of tokens, from the device, host memory or a file.
+"""The memory outside training: stores that return the rows of tokens from the device, host memory or a file.
 
-Shapes: N ids, U different ones among them, V vocabulary, K memory blocks, D width, R bytes of a record.
+Shapes: N ids, U distinct ids among them, V vocabulary, K memory blocks, D width, R bytes of a record.
 """
 
 import math
@@ -57,19 +57,19 @@ Bytes = NDArray[np.uint8]
 
 @dataclass
 class StoreStats:
-    """What a store on disk has done so far; the other stores count nothing."""
+    """Counters of a store on disk; the other stores count nothing."""
 
     hits: int = 0
-    """Tokens whose row was in memory, or asked for twice in one call."""
+    """Tokens whose row was in memory, or requested before in the same call."""
     misses: int = 0
-    """Rows read from the file, in advance or when they were needed."""
+    """Rows read from the file, prefetched or on demand."""
     bytes_read: int = 0
     seconds_waited: float = 0.0
-    """How long `rows` waited for reads."""
+    """Time that `rows` waited for reads."""
 
 
 class MemoryStore(ABC):
-    """Hands out the rows M_k(v) of tokens."""
+    """Returns the rows M_k(v) of tokens."""
 
     file: SidecarFile | None = None
 
@@ -81,31 +81,31 @@ class MemoryStore(ABC):
         """Return M [N, K, D] of the ids, in `dtype` and on the device of `ids_N`.
 
         Raises:
-            IndexError: an id below 0 or beyond the rows (an assertion on the device, for rows that lie on CUDA).
+            IndexError: an id is negative or beyond the rows (a device-side assertion for rows on CUDA).
             SidecarError: a row cannot be read from the file, or is damaged.
         """
 
     def prefetch(self, ids_N: Tensor) -> None:  # noqa: B027 a store in memory has nothing to do
-        """Begin to read the rows of ids that will be asked for, without waiting for them."""
+        """Start reading the rows of ids that will be requested, without waiting."""
 
     def copy_file(self, to: Path) -> None:
         """Copy the file that the store was opened from, as it was then.
 
         Raises:
-            SidecarError: there is none, or it cannot be read or written.
+            SidecarError: there is no file, or it cannot be read or written.
         """
         if self.file is None:
             raise SidecarError(f"this memory was not opened from a file, nothing can be copied to {to}")
         self.file.copy(to)
 
     def close(self) -> None:
-        """Let go of the file and of threads; no call may be under way."""
+        """Close the file and end threads; no call may be in progress."""
         if self.file is not None:
             self.file.close()
 
 
 class TensorStore(MemoryStore):
-    """Records that lie on the device, in one tensor or cut into parts by rows."""
+    """Records on the device, in one tensor or split into parts by rows."""
 
     def __init__(
         self,
@@ -128,7 +128,7 @@ class TensorStore(MemoryStore):
 
 
 class TableStore(MemoryStore):
-    """Tables as they were trained, whose rows are normalised when they are asked for."""
+    """Tables as trained, whose rows are normalised on demand."""
 
     def __init__(self, parts: Sequence[Tensor], gains_KD: Tensor, eps: float) -> None:
         """Take parts [rows, K, D] of the tables in order, the norm's gains and its epsilon."""
@@ -143,7 +143,7 @@ class TableStore(MemoryStore):
 
 
 class _RecordsOnHost(MemoryStore):
-    """Records gathered in host memory, whose bytes go to the device of the ids and are decoded there."""
+    """Gathers records in host memory and decodes them on the device of the ids."""
 
     def __init__(self, file: SidecarFile) -> None:
         super().__init__()
@@ -154,7 +154,7 @@ class _RecordsOnHost(MemoryStore):
         self._basis = None if basis is None else _Basis(basis)
 
     def rows(self, ids_N: Tensor, dtype: torch.dtype) -> Tensor:
-        """See MemoryStore. On CUDA it waits for the ids alone: records are copied while the host goes on."""
+        """See MemoryStore. On CUDA it waits only for the ids; records are copied asynchronously."""
         device = ids_N.device
         ids = self._checked(ids_N)
         different = list(dict.fromkeys(ids))
@@ -170,7 +170,7 @@ class _RecordsOnHost(MemoryStore):
 
     @abstractmethod
     def _gather(self, different: list[int], asked: int, into_UR: Bytes) -> None:
-        """Write the records of different ids, of which `asked` were asked for, into host memory."""
+        """Write the records of distinct ids, for `asked` requested tokens, into host memory."""
 
     def _checked(self, ids_N: Tensor) -> list[int]:
         if self._source.is_closed:
@@ -185,7 +185,7 @@ class _RecordsOnHost(MemoryStore):
 
 
 class HostStore(_RecordsOnHost):
-    """All records in host memory; those asked for pass to CUDA through pinned memory."""
+    """All records in host memory; requested ones go to CUDA through pinned memory."""
 
     def __init__(self, file: SidecarFile) -> None:
         """Read and check all records.
@@ -201,7 +201,7 @@ class HostStore(_RecordsOnHost):
 
 
 class _Read:
-    """A read under way: its ids, their records, and how it ended."""
+    """A read in progress: its ids, their records, and its outcome."""
 
     def __init__(self, ids: list[int], record_bytes: int) -> None:
         self.ids = ids
@@ -211,7 +211,7 @@ class _Read:
         self.ended = threading.Event()
 
     def take(self, ids: list[int]) -> Bytes:
-        """Wait, and return the records of ids among its own."""
+        """Wait, and return the records of some of its ids."""
         self.ended.wait()
         if self.error is not None:
             raise SidecarError(str(self.error)) from self.error
@@ -219,14 +219,14 @@ class _Read:
 
 
 class DiskStore(_RecordsOnHost):
-    """Rows read from the file when they are needed; those used last stay in memory, up to a part of all.
+    """Rows read from the file on demand, with an LRU cache for a share of all rows.
 
-    Any number of threads may call `rows` and `prefetch`. A row is read once however many wait for it, and every
-    record is checked as it comes.
+    `rows` and `prefetch` are thread-safe. A row is read once however many threads wait for it, and every record is
+    verified when read.
     """
 
     def __init__(self, file: SidecarFile, cache: float = 0.05, threads: int = 16) -> None:
-        """Keep the part `cache` of the rows, at least one row; read with up to `threads` at a time.
+        """Cache the share `cache` of the rows, at least one row; read with up to `threads` threads.
 
         Raises:
             ValueError: `cache` is not in 0..1, or there are no threads.
@@ -240,15 +240,15 @@ class DiskStore(_RecordsOnHost):
         self._threads = threads
         self._kept_CR = np.empty((self.capacity, self.format.record_bytes), np.uint8)
         self._slots: OrderedDict[int, int] = OrderedDict()
-        """Where rows lie in `_kept_CR`, the one used longest ago first."""
+        """Slots of rows in `_kept_CR`, least recently used first."""
         self._reads: dict[int, _Read] = {}
         self._ahead: set[int] = set()
-        """Rows read in advance that nobody has asked for yet."""
+        """Prefetched rows not requested yet."""
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="memory-rows")
 
     def prefetch(self, ids_N: Tensor) -> None:
-        """See MemoryStore; of more ids than the cache has room for, the first ones are read."""
+        """See MemoryStore; if the ids exceed the cache, only the first ones are read."""
         different = list(dict.fromkeys(self._checked(ids_N)))[: self.capacity]
         with self._lock:
             begun = self._begin(different)
@@ -293,7 +293,7 @@ class DiskStore(_RecordsOnHost):
                 self.stats.seconds_waited += time.perf_counter() - start
 
     def _begin(self, ids: list[int]) -> list[_Read]:
-        """Return reads to be run for ids that are neither held nor being read, dealt to the threads."""
+        """Return reads to run for ids that are neither cached nor being read, divided among the threads."""
         missing = [row for row in ids if row not in self._slots and row not in self._reads]
         dealt = [missing[first :: self._threads] for first in range(min(self._threads, len(missing)))]
         begun = [_Read(part, self.format.record_bytes) for part in dealt]
@@ -312,7 +312,7 @@ class DiskStore(_RecordsOnHost):
                 self.stats.bytes_read += read.records_NR.size
 
     def _keep(self, ids: list[int], records_NR: Bytes) -> None:
-        """Make ids those used last, in their order, and hold their records; the lock is the caller's."""
+        """Mark ids as most recently used, in order, and cache their records; the caller holds the lock."""
         places: list[int] = []
         slots: list[int] = []
         for n in range(max(0, len(ids) - self.capacity), len(ids)):
@@ -330,7 +330,7 @@ class DiskStore(_RecordsOnHost):
             self._kept_CR[slots] = records_NR[places]
 
     def _end(self, read: _Read, error: BaseException | None = None) -> None:
-        """Tell those who wait; the lock is the caller's."""
+        """Notify waiting threads; the caller holds the lock."""
         for row in read.ids:
             if self._reads.get(row) is read:
                 del self._reads[row]
@@ -340,7 +340,7 @@ class DiskStore(_RecordsOnHost):
 
     @contextmanager
     def _ended_on_error(self, begun: list[_Read]) -> Iterator[None]:
-        """End reads with what was raised, so that nobody waits for them for ever."""
+        """Context that ends reads with any exception raised, so that no thread waits for them forever."""
         try:
             yield
         except BaseException as error:
@@ -352,7 +352,7 @@ class DiskStore(_RecordsOnHost):
 
 
 class _Basis:
-    """The basis of the joint low rank in the precision and on the device where it was needed last."""
+    """The basis of the joint low rank, cached in the dtype and on the device last used."""
 
     def __init__(self, basis: Tensor) -> None:
         self._given = self._ready = basis
@@ -365,7 +365,7 @@ class _Basis:
 
 
 def rows_of_parts(parts: Sequence[Tensor], ids_N: Tensor) -> Tensor:
-    """Return rows by id [N, ...] from the parts of a table, in order, without a branch that depends on the ids."""
+    """Return rows by id [N, ...] from a table's parts, in order, without branching on the ids."""
     if len(parts) == 1:
         return parts[0].index_select(0, ids_N)
     first = 0
@@ -381,17 +381,19 @@ def rows_of_parts(parts: Sequence[Tensor], ids_N: Tensor) -> Tensor:
 
 
 def _take(records_NR: Bytes, places: list[int], into_UR: Bytes) -> None:
-    np.take(records_NR, places, axis=0, out=into_UR, mode="clip")  # with mode="raise" numpy copies once more
+    np.take(
+        records_NR, places, axis=0, out=into_UR, mode="clip"
+    )  # with mode="raise" numpy makes another copy
 
 
 def all_records(file: SidecarFile, device: torch.device) -> Tensor:
-    """Return all records of a file [V, R] on a device, read chunk by chunk and checked.
+    """Return all records of a file [V, R] on a device, read and verified chunk by chunk.
 
     Raises:
         SidecarError: a row is damaged or cannot be read.
     """
     layout = file.header.layout
-    # Servers open a model in inference mode, and other threads use the tensor outside of it.
+    # Servers open models in inference mode, but use the tensor from other threads outside of it.
     with torch.inference_mode(False):
         records_VR = torch.empty(layout.rows, layout.format.record_bytes, dtype=torch.uint8, device=device)
     for first, records_NR, damaged in file.chunks():
@@ -418,11 +420,11 @@ def open_store(
         path: the file.
         format: the model's.
         rows: V, the model's.
-        fingerprint: of the contents that belong to the model; None means any.
-        place: where rows stay: device, host or disk.
-        cache: with place=disk, the part of the rows kept in memory once read.
+        fingerprint: of the contents that the model expects; None means any.
+        place: where rows are kept: device, host or disk.
+        cache: with place=disk, the share of the rows kept in memory once read.
         device: with place=device, the device; None means the CPU.
-        threads: with place=disk, reads at a time.
+        threads: with place=disk, concurrent reads.
 
     Raises:
         SidecarError: the file is missing, truncated, damaged, or another model's.

@@ -1,6 +1,6 @@
 """TIDE (arXiv 2605.06216) for transformers: Llama whose layers also read a memory by token id.
 
-Everything but the memory is Llama's. The rows of all tokens are gathered once, before the layers, and handed down
+Everything but the memory is Llama's. The rows of all tokens are gathered once, before the layers, and passed down
 to them: layer l adds m = sum_k alpha_k M_k(v), alpha = softmax(W_r n), to its residual stream (paper, 3.3 to 3.6).
 
 Shapes: B batch, T tokens, N = B T, K memory blocks, J = K + 1, D hidden size, V vocabulary.
@@ -20,7 +20,7 @@ from transformers.models.llama.modeling_llama import (
 )
 from transformers.utils.hub import cached_file
 
-# transformers before 5.12 fetches the files that are named here, and not those that they name in turn.
+# transformers before 5.12 fetches only the files imported here, not those they import in turn.
 from .configuration_tide import TideConfig
 from .memory_tide import MemoryStore, TensorStore, open_store, rows_of_parts
 from .rows_tide import TRAINED_KINDS, RowFormat, finished, part_bounds
@@ -31,7 +31,7 @@ _HUB_KEYS = ("revision", "cache_dir", "token", "subfolder", "local_files_only", 
 
 
 class TideMemory(nn.Module):
-    """M(v) of every token type: trained tables with their norm, finished rows, or a file beside the weights."""
+    """M(v) of every token type, from trained tables with their norm, finished rows, or a file."""
 
     def __init__(self, config: TideConfig) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class TideMemory(nn.Module):
 
     @property
     def parts(self) -> list[Tensor]:
-        """The tensors that the rows are cut into, in order."""
+        """The tensors that the rows are split into, in order."""
         if self.is_trained:
             return list(self.tables)
         return [buffer for name, buffer in self.named_buffers(recurse=False) if name.startswith("records_")]
@@ -85,29 +85,29 @@ class TideMemory(nn.Module):
         return self.opened(ids_N.device).rows(ids_N, dtype)
 
     def opened(self, device: torch.device | None = None) -> MemoryStore:
-        """Return the file's store, found anew beside the weights if the model was copied or made without one."""
+        """Return the file's store; locates the file again if the model was copied or built without one."""
         if self.store is None:
             self.open(self.config._name_or_path, device)
         assert self.store is not None
         return self.store
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out the store: a copy of the model, or another process, opens the file itself."""
+        """Exclude the store: a copy of the model, or another process, opens the file itself."""
         return {**self.__dict__, "store": None}
 
     def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> "TideMemory":
-        """Move the rows of a store on the device too, with `to`, `cuda` and others."""
+        """Also move the rows of a store on the device, for `to`, `cuda` and others."""
         if isinstance(self.store, TensorStore):
             self.store.parts = [fn(part) for part in self.store.parts]
         return super()._apply(fn, *args, **kwargs)
 
     def open(self, folder: str | Path, device: torch.device | None = None, **kwargs: Any) -> None:
-        """Find the file beside the weights, in a folder or on the hub, check it and open it.
+        """Locate the file beside the weights, in a folder or on the hub, check it and open it.
 
         With memory_store=device its rows are read onto `device`.
 
         Raises:
-            SidecarError: it is not there, damaged, or another model's.
+            SidecarError: it is missing, damaged, or another model's.
         """
         try:
             path = cached_file(str(folder), self.config.memory_file, **kwargs)
@@ -130,7 +130,7 @@ class TideMemory(nn.Module):
         """Refuse to resize a file.
 
         Raises:
-            ValueError: it has another number of rows.
+            ValueError: the file has a different number of rows.
         """
         if self.config.memory_file is not None and rows != self.num_rows:
             raise ValueError(
@@ -140,7 +140,7 @@ class TideMemory(nn.Module):
 
     @torch.no_grad()
     def resize(self, rows: int) -> None:
-        """Add rows at the end, drawn as trained ones are at first (0 for finished ones), or cut them off."""
+        """Append rows, initialised like trainable ones (0 for finished ones), or truncate."""
         old = torch.cat(self.parts)[:rows]
         extra = rows - len(old)
         if self.is_trained:
@@ -158,14 +158,14 @@ class TideMemory(nn.Module):
 
 
 class TideDecoderLayer(LlamaDecoderLayer):
-    """Llama's layer that also adds what its router takes from the memory."""
+    """Llama's layer, which also adds its router's mixture of the memory rows."""
 
     def __init__(self, config: TideConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         self.router = nn.Linear(config.hidden_size, config.num_memory_blocks + 1, bias=False)
 
     def __call__(self, hidden_states: Tensor, *, tide_memory: Tensor, **kwargs: Any) -> Tensor:
-        """Hand M on by its place: activation checkpointing carries gradients back through such tensors alone."""
+        """Pass M positionally: activation checkpointing propagates gradients only through positional tensors."""
         return super().__call__(hidden_states, tide_memory, **kwargs)
 
     def forward(self, hidden_states: Tensor, tide_memory: Tensor, **kwargs: Any) -> Tensor:
@@ -179,7 +179,7 @@ class TideDecoderLayer(LlamaDecoderLayer):
 
 
 class TidePreTrainedModel(LlamaPreTrainedModel):
-    """What TIDE's two models have in common."""
+    """Base class of TIDE's two models."""
 
     config: TideConfig
     config_class = TideConfig
@@ -200,16 +200,16 @@ class TidePreTrainedModel(LlamaPreTrainedModel):
 
     @property
     def tide_memory(self) -> TideMemory | None:
-        """The memory's module; None where K = 0."""
+        """The memory's module; None if K = 0."""
         return getattr(self.base_model, "memory", None)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """See PreTrainedModel; tokenizer and memory beside the weights are checked before the model is handed out.
+        """See PreTrainedModel; checks tokenizer and memory beside the weights before returning the model.
 
         Raises:
             TokenizerError: the folder's tokenizer is another model's.
-            SidecarError: the file with the memory is not there, damaged, or another model's.
+            SidecarError: the file with the memory is missing, damaged, or another model's.
         """
         found = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = found[0] if isinstance(found, tuple) else found
@@ -222,10 +222,10 @@ class TidePreTrainedModel(LlamaPreTrainedModel):
         return found
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        """See PreTrainedModel; a memory in a file of its own is copied too.
+        """See PreTrainedModel; also copies the memory's file, if any.
 
         Raises:
-            ValueError: `push_to_hub` would leave that file out.
+            ValueError: `push_to_hub` is set, which would omit that file.
         """
         memory = self.tide_memory if self.config.memory_file is not None else None
         if memory is not None and kwargs.get("push_to_hub"):
@@ -240,7 +240,7 @@ class TidePreTrainedModel(LlamaPreTrainedModel):
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any
     ) -> nn.Embedding:
-        """See PreTrainedModel; the memory gets as many rows.
+        """See PreTrainedModel; resizes the memory likewise.
 
         Raises:
             ValueError: the memory is a file, which cannot grow.
@@ -255,7 +255,7 @@ class TidePreTrainedModel(LlamaPreTrainedModel):
 
 
 class TideModel(TidePreTrainedModel, LlamaModel):
-    """The layers without the output matrix."""
+    """The model without the output matrix."""
 
     def __init__(self, config: TideConfig) -> None:
         super().__init__(config)
@@ -277,7 +277,7 @@ class TideModel(TidePreTrainedModel, LlamaModel):
         """See LlamaModel.
 
         Raises:
-            ValueError: embeddings without the ids of their tokens.
+            ValueError: embeddings are given without their token ids.
         """
         if self.config.num_memory_blocks and inputs_embeds is not None:
             raise ValueError(
@@ -302,5 +302,5 @@ class TideForCausalLM(TidePreTrainedModel, LlamaForCausalLM):
         super().__init__(config)
         self.model = TideModel(config)
         if config.memory_file is not None:
-            self._can_compile_fullgraph = False  # rows are read from the file between the graphs
+            self._can_compile_fullgraph = False  # rows are read from the file between graphs
         self.post_init()

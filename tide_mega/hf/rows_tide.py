@@ -1,4 +1,4 @@
-"""How the memory's rows of a token are stored: one record of bytes for its K rows, in full or quantised.
+"""Storage format of a token's memory rows: one record of bytes for its K rows, in full or quantised.
 
 Records hold finished rows, M_k(v) = RMSNorm(E_k[v]) * gain_k, which no longer change after training: normalised in
 fp32 and quantised once.
@@ -16,11 +16,11 @@ from torch.nn import functional
 
 KINDS = ("fp32", "bf16", "int8", "int4", "nf4", "rank")
 TRAINED_KINDS = ("fp32", "bf16")
-"""Kinds whose tables, among the weights, are kept as they were trained, with their norm's gains."""
+"""Kinds whose tables, if among the weights, are stored as trained, with their norm's gains."""
 ALIGNMENT = 16
-"""Records, and the scales within them, begin at multiples of as many bytes."""
+"""Records, and the scales within them, are aligned to this many bytes."""
 LARGEST = 1e38
-"""Elements beyond are refused: a scale times its largest code would leave the range of fp32."""
+"""Larger elements are refused: a scale times its largest code would exceed the range of fp32."""
 
 _GROUPS = {"int4": 32, "nf4": 64}
 _INT4 = tuple(float(code) for code in range(-8, 8))
@@ -41,17 +41,17 @@ class RowError(ValueError):
 class RowFormat:
     """How the K rows of a token are stored.
 
-    fp32 and bf16 hold the elements; int8 a bf16 scale for each row; int4 and nf4 one for each group of 32 and 64
-    elements; rank r bf16 coefficients of a basis [r, K * D] that all tokens share.
+    fp32 and bf16 store the elements; int8 has a bf16 scale per row, int4 and nf4 one per group of 32 and 64
+    elements; rank stores r bf16 coefficients of a basis [r, K * D] shared by all tokens.
 
     Args:
         kind: one of KINDS.
         num_blocks: K.
         width: D.
-        rank: r, with kind=rank alone.
+        rank: r, only with kind=rank.
 
     Raises:
-        ValueError: an unknown kind, a size below 1, or a rank that is missing, too large or without use.
+        ValueError: an unknown kind, a size below 1, or a rank that is missing, too large or not applicable.
     """
 
     kind: str
@@ -77,12 +77,12 @@ class RowFormat:
 
     @property
     def basis_shape(self) -> tuple[int, int] | None:
-        """The shape [r, K * D] of what kind=rank needs beside the records; None otherwise."""
+        """Shape [r, K * D] of the basis that kind=rank needs; None otherwise."""
         return None if self.rank is None else (self.rank, self.num_blocks * self.width)
 
     @functools.cached_property
     def _groups(self) -> int:
-        """G, scales of a row."""
+        """G, the number of scales per row."""
         if self.kind == "int8":
             return 1
         return math.ceil(self.width / _GROUPS[self.kind]) if self.kind in _GROUPS else 0
@@ -101,7 +101,7 @@ class RowFormat:
         return _rounded_up(self._code_bytes, ALIGNMENT)
 
     def zero_records(self, rows: int, device: torch.device | str | None = None) -> Tensor:
-        """Return records [rows, R], uint8, of rows that are 0."""
+        """Return records [rows, R], uint8, of zero rows."""
         records_NR = torch.zeros(rows, self.record_bytes, dtype=torch.uint8, device=device)
         if self.kind in _CODE_BOOKS:
             zero = _CODE_BOOKS[self.kind].index(0.0)
@@ -114,11 +114,11 @@ class RowFormat:
         Args:
             rows_NKD: finished rows.
             basis: with kind=rank, [r, K * D], rows orthonormal.
-            first_row: the id of the first of them, for the message of an error.
+            first_row: id of the first row, for error messages.
 
         Raises:
             RowError: an element is not finite, or larger than LARGEST.
-            ValueError: the rows have another shape, or the basis is missing.
+            ValueError: the rows have a wrong shape, or the basis is missing.
         """
         if rows_NKD.shape[1:] != (self.num_blocks, self.width):
             wanted = f"[N, {self.num_blocks}, {self.width}]"
@@ -163,7 +163,7 @@ class RowFormat:
         scales_N = records_NR[:, self._scales_at : end].view(torch.bfloat16)
         if self.kind == "int8":
             return codes_N.view(torch.int8).view(shape).float().mul_(scales_N.unsqueeze(-1)).to(dtype)
-        # One look-up a byte brings both of its elements. Over shifts: 2 to 3 times as fast at N = 1 on a CPU.
+        # One look-up per byte yields both elements: 2 to 3 times as fast as shifts at N = 1 on a CPU.
         pairs = _pairs_of(self.kind, records_NR).index_select(0, codes_N.reshape(-1).int())
         grouped = pairs.view(torch.float32).view(*shape[:2], self._groups, _GROUPS[self.kind])
         grouped.mul_(scales_N.view(*shape[:2], self._groups, 1))
@@ -185,10 +185,10 @@ class RowFormat:
         return codes_NKD.flatten(1).view(torch.uint8), scales_NK
 
     def _four_bits(self, rows_NKD: Tensor) -> tuple[Tensor, Tensor]:
-        """Return codes, two a byte, the first one low, and scales [N, K * G] of groups.
+        """Return codes, two per byte with the first in the low bits, and scales [N, K * G] of groups.
 
-        int4: the group's largest element by magnitude gets the code -8, so that no code is unused: the error on
-        normal elements is 0.89 times that of codes -7 to 7. nf4: the entry nearest to element / largest.
+        int4: the group's largest element by magnitude gets code -8, so that every code is used: the error on
+        normal elements is 0.89 times that of codes -7 to 7. nf4: the code nearest to element / largest.
         """
         size = _GROUPS[self.kind]
         padded = functional.pad(rows_NKD, (0, -self.width % size))
@@ -207,19 +207,19 @@ class RowFormat:
 
 
 def part_bounds(rows: int, part_rows: int) -> list[tuple[int, int]]:
-    """Return the first row and the one after the last of every tensor that rows among the weights are cut into."""
+    """Return first row and end of every tensor that rows among the weights are split into."""
     return [(first, min(first + part_rows, rows)) for first in range(0, rows, part_rows)]
 
 
 def finished(tables_NKD: Tensor, gains_KD: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    """Return M_k(v) = RMSNorm(E_k[v]) * gain_k [N, K, D] of trained tables' rows; the norm is in fp32."""
+    """Return M_k(v) = RMSNorm(E_k[v]) * gain_k [N, K, D] of rows of trained tables; the norm is in fp32."""
     wide = tables_NKD.float() if tables_NKD.dtype in (torch.bfloat16, torch.float16) else tables_NKD
     unit = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     return (unit.to(tables_NKD.dtype) * gains_KD).to(dtype)
 
 
 def refuse_unusable(rows_NKD: Tensor, first_row: int) -> None:
-    """Raise RowError if an element of rows, `first_row` and the ones after it, is not finite or beyond LARGEST."""
+    """Raise RowError if an element of rows, numbered from `first_row`, is not finite or beyond LARGEST."""
     usable_NK = rows_NKD.abs().amax(-1) <= LARGEST
     if usable_NK.all():
         return
@@ -231,19 +231,19 @@ def refuse_unusable(rows_NKD: Tensor, first_row: int) -> None:
 
 
 def _scale(exact: Tensor) -> Tensor:
-    """Return scales in bf16; those below its normal numbers, which are inexact, as 0: their elements become 0."""
+    """Return scales in bf16; subnormal ones, which are inexact, become 0, and so do their elements."""
     rounded = exact.bfloat16()
     return torch.where(rounded.abs() < torch.finfo(torch.bfloat16).tiny, 0, rounded)
 
 
 def _divisor(scales: Tensor) -> Tensor:
-    """Return what elements are divided by, with an axis for them; infinite where the scale is 0."""
+    """Return the divisor of elements, with an axis for them; infinite where the scale is 0."""
     wide = scales.float().unsqueeze(-1)
     return torch.where(wide == 0, torch.inf, wide)
 
 
 def _pairs_of(kind: str, like: Tensor) -> Tensor:
-    """Return the two elements, fp32, that each byte stands for, packed as int64 [256]."""
+    """Return the two fp32 elements that each byte encodes, packed as int64 [256]."""
     if type(like) is not Tensor or torch.compiler.is_compiling():
         return _packed_pairs(kind, like.device)
     return _kept_pairs(kind, like.device)

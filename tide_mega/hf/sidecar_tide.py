@@ -1,9 +1,10 @@
-"""The file of the memory's rows beside a model's weights: one record a token, read one by one without the others.
+"""The file of memory rows beside a model's weights: one record per token, each readable without the others.
 
-A header of one page (magic, length, checksum, JSON); the records; a CRC-32 of each; the basis of the joint low
-rank, in bf16. Records lie so that none touches more pages than its size needs: some, then what is left of a page.
+Layout: a header of one page (magic, length, checksum, JSON); the records; a CRC-32 of each; the basis of the joint
+low rank, in bf16. Records are placed so that none touches more pages than its size needs: a group of records, then
+padding to the end of a page.
 
-Shapes: N rows of a chunk, V rows, K memory blocks, D width, R bytes of a record.
+Shapes: N rows of a chunk, V rows, K memory blocks, D width, R bytes of a record, r rank.
 """
 
 import contextlib
@@ -36,12 +37,12 @@ _NO_FALLOCATE = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
 class SidecarError(ValueError):
-    """The file with the memory cannot be used: missing, damaged, or another model's; or it cannot be written."""
+    """The memory's file is missing, damaged or another model's, or cannot be written."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the parts of a file lie, which its format and its number of rows decide."""
+    """Offsets of a file's parts, determined by its format and number of rows."""
 
     format: RowFormat
     rows: int
@@ -54,22 +55,22 @@ class Layout:
 
     @cached_property
     def group_bytes(self) -> int:
-        """From the first record of a group to the first one of the next, whole pages."""
+        """Distance between the first records of consecutive groups, in whole pages."""
         return _whole_pages(self.group_records * self.format.record_bytes)
 
     @cached_property
     def records_at(self) -> int:
-        """The first byte of the first record."""
+        """Offset of the first record."""
         return PAGE
 
     @cached_property
     def checksums_at(self) -> int:
-        """The first byte of the records' checksums, uint32 each, little-endian."""
+        """Offset of the records' checksums, uint32 each, little-endian."""
         return self.records_at + -(-self.rows // self.group_records) * self.group_bytes
 
     @cached_property
     def basis_at(self) -> int:
-        """The first byte of the basis."""
+        """Offset of the basis."""
         return self.checksums_at + _whole_pages(4 * self.rows)
 
     @cached_property
@@ -85,16 +86,16 @@ class Layout:
 
     @cached_property
     def chunk_rows(self) -> int:
-        """Rows of whole groups, some CHUNK_BYTES together."""
+        """Rows of whole groups with about CHUNK_BYTES in total."""
         return max(1, CHUNK_BYTES // self.group_bytes) * self.group_records
 
     def offset(self, row: int) -> int:
-        """Return the first byte of a row's record."""
+        """Return the offset of a row's record."""
         group, within = divmod(row, self.group_records)
         return self.records_at + group * self.group_bytes + within * self.format.record_bytes
 
     def described(self) -> dict[str, Any]:
-        """Return what the header says of it."""
+        """Return the layout's entries in the header."""
         return {
             **dataclasses.asdict(self.format),
             "rows": self.rows,
@@ -109,7 +110,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class SidecarHeader:
-    """What a file says of itself."""
+    """The header of a file."""
 
     layout: Layout
     fingerprint: str
@@ -134,7 +135,7 @@ class SidecarHeader:
         """Read a file's first page.
 
         Raises:
-            SidecarError: it is no such file's, damaged, or of a later version.
+            SidecarError: it is not such a file's, damaged, or of a later version.
         """
         if page[: len(_MAGIC)] != _MAGIC:
             raise SidecarError(f"{path} is not a file of memory rows: {COPY_AGAIN}")
@@ -163,9 +164,9 @@ class SidecarHeader:
 
 
 class SidecarFile:
-    """An open file of rows, its header and its checksums' block checked. Any number of threads may read at a time.
+    """An open file of rows, with header and checksum block verified; reading is thread-safe.
 
-    What was opened stays what is read, should another file take its name.
+    Reads refer to the file that was opened, even if another one takes its name.
 
     Raises:
         SidecarError: it is missing, truncated, damaged, or not such a file.
@@ -198,17 +199,17 @@ class SidecarFile:
             raise
 
     def read_row(self, row: int, into: memoryview) -> None:
-        """Read a row's record [R] and check it.
+        """Read a row's record [R] and verify it.
 
         Raises:
-            SidecarError: it cannot be read, ends before its end, or does not match its checksum.
+            SidecarError: it cannot be read, is truncated, or does not match its checksum.
         """
         self._read_into(into, self.header.layout.offset(row))
         if zlib.crc32(into) != self._checksums[row]:
             raise SidecarError(f"row {row} of {self.path} is damaged: {COPY_AGAIN}")
 
     def chunks(self) -> Iterator[tuple[int, Tensor, list[int]]]:
-        """Yield (first row, records [N, R], the damaged rows among them) over all rows.
+        """Yield (first row, records [N, R], damaged rows among them) over all rows.
 
         Raises:
             SidecarError: a chunk cannot be read.
@@ -240,10 +241,10 @@ class SidecarFile:
         return torch.frombuffer(content, dtype=torch.bfloat16).view(shape)
 
     def verify(self) -> None:
-        """Check every record, the basis and the fingerprint.
+        """Verify every record, the basis and the fingerprint.
 
         Raises:
-            SidecarError: it names the damaged rows.
+            SidecarError: names the damaged rows.
         """
         digest = _digest_of(self.header.layout)
         damaged: list[int] = []
@@ -260,7 +261,7 @@ class SidecarFile:
             raise SidecarError(f"the contents of {self.path} are not those of its fingerprint: {COPY_AGAIN}")
 
     def copy(self, to: Path) -> None:
-        """Copy what was opened, whole or not at all; nothing is done if `to` is that file.
+        """Copy the opened file, atomically; does nothing if `to` is that file.
 
         Raises:
             SidecarError: it cannot be read or written.
@@ -275,11 +276,11 @@ class SidecarFile:
 
     @property
     def is_closed(self) -> bool:
-        """Whether it was let go of."""
+        """Whether the file was closed."""
         return self._descriptor < 0
 
     def close(self) -> None:
-        """Let go of the file; no read may be under way."""
+        """Close the file; no read may be in progress."""
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             os.close(descriptor)
@@ -299,7 +300,7 @@ class SidecarFile:
         return bytes(content[: self._read_some(memoryview(content), offset)])
 
     def _read_some(self, into: memoryview, offset: int) -> int:
-        """Read until `into` is full or the file ends, and return how many bytes came."""
+        """Read until `into` is full or the file ends; return the number of bytes read."""
         done = 0
         try:
             while done < len(into):
@@ -317,13 +318,13 @@ class SidecarFile:
 def write_sidecar(
     path: Path, format: RowFormat, num_rows: int, chunks: Iterable[Tensor], basis: Tensor | None = None
 ) -> str:
-    """Write the finished rows of all tokens as a file, which is whole or absent whenever the process is killed.
+    """Write the finished rows of all tokens to a file that is complete or absent even if the process is killed.
 
     Args:
         path: the file.
         format: of the records.
         num_rows: V.
-        chunks: rows [N, K, D], fp32, of all tokens in order; each is written before the next is asked for.
+        chunks: rows [N, K, D], fp32, of all tokens in order; each is written before the next is requested.
         basis: with kind=rank, [r, K * D]; rounded to bf16 before it is used.
 
     Returns:
@@ -332,7 +333,7 @@ def write_sidecar(
     Raises:
         SidecarError: the disk is full, or the file cannot be written.
         RowError: a row is not finite.
-        ValueError: the chunks hold another number of rows, or rows of another shape.
+        ValueError: the chunks have a wrong number or shape of rows.
     """
     layout = Layout(format, num_rows)
     basis = None if basis is None else basis.detach().cpu().bfloat16().contiguous()
@@ -375,10 +376,10 @@ def write_sidecar(
 
 
 def read_header(path: Path) -> SidecarHeader:
-    """Return a file's header, its checksum and the file's length checked.
+    """Return a file's header, after checking its checksum and the file's length.
 
     Raises:
-        SidecarError: the file is missing, truncated, damaged, or not one of memory rows.
+        SidecarError: the file is missing, truncated, damaged, or not a file of memory rows.
     """
     file = SidecarFile(path)
     file.close()
@@ -386,7 +387,7 @@ def read_header(path: Path) -> SidecarHeader:
 
 
 def verify_sidecar(path: Path) -> None:
-    """Check all of a file.
+    """Verify a whole file.
 
     Raises:
         SidecarError: it cannot be used; damaged rows are named.
@@ -397,7 +398,7 @@ def verify_sidecar(path: Path) -> None:
 
 @contextlib.contextmanager
 def _whole_or_absent(path: Path, size: int) -> Iterator[Any]:
-    """Open a temporary file of `size` bytes beside `path`; on success it is on disk and takes that name."""
+    """Open a temporary file of `size` bytes beside `path`; on success it is flushed and renamed to `path`."""
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
         with temporary.open("wb") as file:
@@ -408,7 +409,7 @@ def _whole_or_absent(path: Path, size: int) -> Iterator[Any]:
         temporary.replace(path)
         folder = os.open(path.parent, os.O_RDONLY)
         try:
-            with contextlib.suppress(OSError):  # not every file system can
+            with contextlib.suppress(OSError):  # not supported by every file system
                 os.fsync(folder)
         finally:
             os.close(folder)
@@ -423,7 +424,7 @@ def _whole_or_absent(path: Path, size: int) -> Iterator[Any]:
 
 
 def _reserve(descriptor: int, size: int) -> None:
-    """Take the bytes on disk now, so that a full one is noticed before the work, and make the file that long."""
+    """Allocate the file's bytes up front, so that a full disk is detected before the work."""
     if hasattr(os, "posix_fallocate"):
         try:
             os.posix_fallocate(descriptor, 0, size)
@@ -434,7 +435,7 @@ def _reserve(descriptor: int, size: int) -> None:
 
 
 def _in_groups(records_NR: Tensor, layout: Layout) -> NDArray[np.uint8]:
-    """Return records as they lie in the file, padded to whole groups."""
+    """Return records in file layout, padded to whole groups."""
     rows, size = records_NR.shape
     groups = -(-rows // layout.group_records)
     content = np.zeros((groups, layout.group_bytes), np.uint8)
@@ -445,7 +446,7 @@ def _in_groups(records_NR: Tensor, layout: Layout) -> NDArray[np.uint8]:
 
 
 def _digest_of(layout: Layout) -> Any:
-    """Return a SHA-256 that has seen the format; records and basis are to follow."""
+    """Return a SHA-256 started with the format; the caller adds records and basis."""
     return hashlib.sha256(json.dumps(layout.described(), sort_keys=True).encode())
 
 

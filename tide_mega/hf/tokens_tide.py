@@ -1,4 +1,4 @@
-"""Whether a tokenizer is the one a model was trained with: the memory is read by token id."""
+"""Checks that a tokenizer is the one a model was trained with, since the memory is read by token id."""
 
 import hashlib
 import json
@@ -12,9 +12,9 @@ class TokenizerError(ValueError):
 
 
 def vocabulary_fingerprint(path: Path) -> str:
-    """Return the SHA-256 of a tokenizer.json's vocabulary, tokens added since left out.
+    """Return the SHA-256 of a tokenizer.json's vocabulary, without added tokens.
 
-    It stays the same when the file is written anew, or tokens are added.
+    It does not change when the file is rewritten or tokens are added.
 
     Raises:
         TokenizerError: it is not a tokenizer.json.
@@ -31,7 +31,7 @@ def check_vocabulary(folder: Path, fingerprint: str | None) -> None:
     """Refuse a folder whose tokenizer is another model's; one without a tokenizer.json passes.
 
     Raises:
-        TokenizerError: its vocabulary is another one, or cannot be read.
+        TokenizerError: its vocabulary differs, or cannot be read.
     """
     path = folder / TOKENIZER_FILE
     if fingerprint is not None and path.is_file() and vocabulary_fingerprint(path) != fingerprint:

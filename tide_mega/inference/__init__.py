@@ -1,1 +1,1 @@
-"""From an exported folder to text: the folder's checks, a decode path sampling; no transformers."""
+"""From an exported folder to text: folder checks, decoding and sampling, without transformers."""

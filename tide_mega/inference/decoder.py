@@ -1,7 +1,7 @@
-"""The decoder: an exported folder's weights, a cache of a fixed size, and logits for prompts and for a token each.
+"""The decoder: an exported folder's weights, a cache of fixed size, and logits for prompts and single tokens.
 
-Shapes: B sequences, T tokens of each in one pass, N = B T, S places of the cache, G heads of keys and values,
-C head size, D hidden size, V vocabulary, K memory blocks.
+Shapes: B sequences, T tokens of each in one pass, N = B T, S places of the cache, G heads of keys and values, C
+head size, D hidden size, V vocabulary, K memory blocks.
 """
 
 import time
@@ -14,29 +14,29 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tide_mega.errors import GenerationError
 from tide_mega.hf.memory_tide import MemoryStore, SidecarError
-from tide_mega.inference.errors import GenerationError
 from tide_mega.inference.folder import ModelFolder, layer_shapes
 from tide_mega.inference.layers import Layer, Places, Rows, angles, rms_norm, run_layers
 from tide_mega.inference.matrices import Matrix, has_int8, make_matrix
 from tide_mega.inference.model_config import ModelShape
 from tide_mega.kernels.compiled import compiled_step
+from tide_mega.parallel.device import DTYPES
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 WEIGHTS = ("dtype", "int8")
 _PASS_TOKENS = 512
-"""Most tokens of a sequence in one pass: what a prompt needs beside weights and cache stays bounded."""
+"""Most tokens of a sequence per pass, which bounds a prompt's activations."""
 _SMALLEST_EXTENT = 256
-"""A compiled step attends to so many places of the cache, or to a power of two times as many."""
+"""A compiled step attends to this many places of the cache, times a power of two."""
 
 
 @dataclass
 class DecodeStats:
-    """What a decoder has done so far."""
+    """Counters of a decoder."""
 
     prompt_tokens: int = 0
     tokens: int = 0
-    """Those that steps were made with."""
+    """Tokens fed to steps."""
     steps: int = 0
     prompt_seconds: float = 0.0
     step_seconds: float = 0.0
@@ -55,7 +55,7 @@ class Weights:
 
 
 class Decoder:
-    """B sequences that grow by a token a step, each at a length of its own."""
+    """B sequences that grow by one token per step, each with its own length."""
 
     def __init__(
         self, weights: Weights, device: torch.device, *, batch: int, max_length: int, compile: bool = False
@@ -65,7 +65,7 @@ class Decoder:
         self.device = device
         self.batch, self.max_length = batch, max_length
         self.lengths: list[int] = []
-        """Tokens of each sequence in the cache."""
+        """Cached tokens of each sequence."""
         self.stats = DecodeStats()
         self.is_compiled = compile
         self._finished: set[int] = set()
@@ -99,17 +99,17 @@ class Decoder:
             folder: an exported folder, or a stock Llama one.
             device: where to compute.
             dtype: fp32 or bf16, of weights and computation.
-            memory: device, host or disk: where the memory's rows stay.
-            cache: with memory=disk, the part of the rows kept in memory once read.
-            max_length: most tokens of a sequence, its prompt included; None means what the model was made for.
+            memory: device, host or disk: where the memory's rows are kept.
+            cache: with memory=disk, the share of the rows kept in memory once read.
+            max_length: most tokens of a sequence, prompt included; None means the model's maximum.
             batch: most sequences at a time.
             weights: dtype, or int8: matrices in 8 bits, on a CPU.
-            compile: whether torch.compile makes the step, on CUDA with CUDA graphs.
+            compile: whether to compile the step with torch.compile, on CUDA with CUDA graphs.
 
         Raises:
-            ConfigError: there is no such folder, or it has no memory that could stay on disk.
+            ConfigError: the folder does not exist, or has no memory that could stay on disk.
             FolderError: the folder cannot be used.
-            ValueError: an argument is none of those named.
+            ValueError: an argument has an unknown value.
         """
         at = torch.device(device)
         opened = folder if isinstance(folder, ModelFolder) else ModelFolder.open(folder)
@@ -127,14 +127,14 @@ class Decoder:
 
     @torch.inference_mode()
     def prefill(self, ids: Tensor | Sequence[Sequence[int]], lengths: Sequence[int] | None = None) -> Tensor:
-        """Begin anew with a prompt for each sequence.
+        """Start over with a prompt for each sequence.
 
         Args:
-            ids: [B, T], prompts at the left and any ids behind them; or a list of ids for each prompt.
-            lengths: tokens of each prompt; None means all T, or those of the lists.
+            ids: [B, T], prompts left-aligned and padded with any ids; or a list of ids per prompt.
+            lengths: tokens of each prompt; None means all T, or the lengths of the lists.
 
         Returns:
-            Logits [B, V] of what follows each prompt.
+            Logits [B, V] of the token after each prompt.
 
         Raises:
             ValueError: no prompt or too many, an empty one, one longer than the cache, or an unknown id.
@@ -165,12 +165,12 @@ class Decoder:
 
     @torch.inference_mode()
     def step(self, ids_B: Tensor) -> Tensor:
-        """Add a token to each sequence; return the logits [B, V] of what follows.
+        """Append a token to each sequence; return the logits [B, V] of the next one.
 
-        Sequences that have finished stay as they are; their ids and logits mean nothing.
+        Finished sequences stay unchanged; their ids and logits are meaningless.
 
         Raises:
-            ValueError: another number of ids than of sequences, or a sequence that is full.
+            ValueError: the number of ids is not that of sequences, or a sequence is full.
             GenerationError: rows of the memory cannot be read any more.
         """
         begin = time.perf_counter()
@@ -191,11 +191,11 @@ class Decoder:
         return logits_BV
 
     def finish(self, b: int) -> None:
-        """Let sequence `b` grow no more."""
+        """Mark sequence `b` as finished."""
         self._finished.add(b)
 
     def close(self) -> None:
-        """Let go of the memory's file."""
+        """Close the memory's file."""
         if self.weights.memory is not None:
             self.weights.memory.close()
 
@@ -219,7 +219,7 @@ class Decoder:
             raise ValueError(f"token ids lie in 0..{V - 1}, not in {low}..{high}")
 
     def _pass(self, ids_BT: Tensor, starts: list[int]) -> Tensor:
-        """Run tokens at places from `starts` on; return the hidden states [N, D]."""
+        """Run tokens at positions from `starts` on; return the hidden states [N, D]."""
         ids_N = ids_BT.reshape(-1)
         memory: Tensor | Rows | None = None
         if (store := self.weights.memory) is not None:
@@ -256,7 +256,7 @@ class Decoder:
 
 
 class _Loader:
-    """From the tensors of a folder to weights on their device, one layer after the other."""
+    """Loads a folder's tensors as weights onto the device, one layer after the other."""
 
     def __init__(
         self,
@@ -277,7 +277,7 @@ class _Loader:
         """Read everything but the memory.
 
         Raises:
-            FolderError: a file cannot be read any more.
+            FolderError: a file can no longer be read.
         """
         embedding_VD = self._tensor("model.embed_tokens.weight")
         is_tied = self._shape.tie_embeddings
@@ -317,7 +317,7 @@ class _Loader:
         return tensor.to(self._device, self._dtype)
 
     def _empty_cache(self) -> Tensor:
-        # Zeros: a place that is masked still meets a weight of 0, and 0 times whatever lay there may be no number.
+        # Zeros: masked places get an attention weight of 0, but 0 times uninitialised memory may be NaN.
         return torch.zeros(self._cache_size, device=self._device, dtype=self._dtype)
 
 
@@ -340,7 +340,7 @@ def _rows(store: MemoryStore, ids_N: Tensor) -> Tensor:
 
 @contextmanager
 def _readable() -> Iterator[None]:
-    """Say that the memory's file, which was whole, is not any more."""
+    """Context that turns errors of the memory's file, intact when opened, into GenerationErrors."""
     try:
         yield
     except SidecarError as error:

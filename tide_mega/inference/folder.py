@@ -1,4 +1,4 @@
-"""An exported folder: what is in it, checked by name, shape and dtype before any of it is loaded.
+"""An exported folder: its tensors and files, checked by name, shape and dtype before any is loaded.
 
 Shapes: V vocabulary, D hidden size, H and G heads of queries and of keys and values, C head size, K memory blocks.
 """
@@ -13,14 +13,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tide_mega.config.errors import ConfigError
-from tide_mega.config.paths import regular_file
-from tide_mega.config.stored import read_json
 from tide_mega.data.tokenizer import Tokenizer, load_tokenizer
+from tide_mega.errors import ConfigError, FolderError
+from tide_mega.files import read_json, regular_file
 from tide_mega.hf.memory_tide import MemoryStore, SidecarError, TableStore, TensorStore, open_store
 from tide_mega.hf.sidecar_tide import COPY_AGAIN
 from tide_mega.hf.tokens_tide import TokenizerError, check_vocabulary
-from tide_mega.inference.errors import FolderError
 from tide_mega.inference.model_config import ModelConfig, read_config
 
 INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
@@ -35,20 +33,20 @@ class _Expected:
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A folder whose files are all there and fit the configuration; tensors are read when they are asked for."""
+    """A folder whose files are complete and match the configuration; tensors are read on demand."""
 
     path: Path
     config: ModelConfig
     files: dict[str, str]
-    """The file of every tensor."""
+    """File name by tensor."""
 
     @classmethod
     def open(cls, path: Path | str) -> "ModelFolder":
-        """Look at everything but the values of tensors, and the records of a memory in a file of its own.
+        """Check everything except the values of tensors and the records of a sidecar.
 
         Raises:
-            ConfigError: there is no such folder.
-            FolderError: a file is missing, truncated or of another model, or the model is not supported.
+            ConfigError: the folder does not exist.
+            FolderError: a file is missing, truncated or another model's, or the model is not supported.
         """
         folder = Path(path)
         if not folder.is_dir():
@@ -58,15 +56,15 @@ class ModelFolder:
         return cls(folder, config, files)
 
     def tensor(self, name: str) -> Tensor:
-        """Read a tensor in the dtype it has.
+        """Read a tensor in its stored dtype.
 
         Raises:
-            FolderError: its file has changed, or cannot be read any more.
+            FolderError: its file has changed, or can no longer be read.
         """
         return next(self.tensors([name]))[1]
 
     def tensors(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
-        """Yield tensors in the order of their names; each file is opened once if they lie together."""
+        """Yield tensors in the order of `names`; each file is opened once if its tensors are adjacent."""
         expected = expected_tensors(self.config)
         file, opened = "", None
         for name in names:
@@ -79,12 +77,12 @@ class ModelFolder:
                 raise FolderError(f"{self.path / file} cannot be read: {error}; {COPY_AGAIN}.") from error
             if tuple(found.shape) != expected[name].shape:
                 raise FolderError(f"{self.path / file} changed while it was read: start again.")
-            # A copy: what safetensors returns may still be the file, which may be written anew.
+            # A copy: safetensors may return a view of the file, which may be overwritten later.
             yield name, found.clone()
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The folder's, checked against the model.
+        """The folder's tokenizer, checked against the model.
 
         Raises:
             FolderError: there is none, or it is another model's.
@@ -122,16 +120,16 @@ class ModelFolder:
     def open_memory(
         self, place: str, cache: float, device: torch.device, threads: int = 16
     ) -> MemoryStore | None:
-        """Open the store that hands out M(v); None where K = 0.
+        """Open the store that returns M(v); None if K = 0.
 
         Args:
-            place: device, host or disk: where rows stay.
-            cache: with disk, the part of the rows kept in memory once read.
+            place: device, host or disk: where rows are kept.
+            cache: with disk, the share of the rows kept in memory once read.
             device: where the model computes.
-            threads: with disk, reads at a time.
+            threads: with disk, concurrent reads.
 
         Raises:
-            ConfigError: disk, and the rows are among the weights.
+            ConfigError: disk, although the rows are among the weights.
             FolderError: the rows cannot be used.
         """
         memory = self.config.memory
@@ -156,7 +154,7 @@ class ModelFolder:
             ) from None
         except SidecarError as error:
             raise FolderError(f"{error}.") from error
-        except ValueError as error:  # its name is no plain one, or it is no regular file
+        except ValueError as error:  # not a plain file name, or not a regular file
             raise FolderError(f"the memory of {self.path} cannot be used: {error}.") from error
 
     def _memory_of_weights(self, place: str, device: torch.device) -> MemoryStore:
@@ -184,7 +182,7 @@ class ModelFolder:
 
 
 class _OnHost(MemoryStore):
-    """A store in host memory, for a model on another device: rows are decoded on the host and sent over."""
+    """A store in host memory for a model on another device: rows are decoded on the host and copied."""
 
     def __init__(self, inner: MemoryStore) -> None:
         super().__init__()
@@ -217,7 +215,7 @@ def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def expected_tensors(config: ModelConfig) -> dict[str, _Expected]:
-    """Return every tensor that the weights of such a model have."""
+    """Return every tensor that the weights of such a model contain."""
     shape, memory = config.shape, config.memory
     V, D, K = shape.vocab_size, shape.hidden_size, shape.num_blocks
     found = {"model.embed_tokens.weight": _Expected((V, D)), "model.norm.weight": _Expected((D,))}
@@ -251,14 +249,14 @@ def _open(folder: Path, file: str) -> Any:
 
 
 def _check_tensors(folder: Path, expected: dict[str, _Expected]) -> dict[str, str]:
-    """Return the file of every tensor, once each is seen to be there and as it should be."""
+    """Return the file of every tensor, after checking that each exists with the expected shape and dtype."""
     stored_in = _stored_in(folder)
     names = stored_in.keys() if stored_in else None
     files: dict[str, str] = {}
     for file in sorted(set(stored_in.values())) if stored_in else [SINGLE_FILE]:
         opened = _open(folder, file)
         for name in opened.keys():  # noqa: SIM118 a handle of safetensors is no mapping
-            if name.endswith("rotary_emb.inv_freq"):  # of old checkpoints; computed from the configuration
+            if name.endswith("rotary_emb.inv_freq"):  # in old checkpoints; computed from the configuration
                 continue
             if names is not None and stored_in.get(name) != file:
                 raise FolderError(
@@ -281,7 +279,7 @@ def _check_tensors(folder: Path, expected: dict[str, _Expected]) -> dict[str, st
 
 
 def _stored_in(folder: Path) -> dict[str, str]:
-    """Return the index's file of every tensor; nothing where there is one file without an index."""
+    """Return the file of every tensor by the index; empty for a single file without an index."""
     if not (folder / INDEX_FILE).exists():
         if not (folder / SINGLE_FILE).exists():
             raise FolderError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}: {COPY_AGAIN}.")

@@ -1,4 +1,4 @@
-"""The layers of Llama and TIDE over a static cache: one program for prompts and steps, on a CPU and on CUDA.
+"""The layers of Llama and TIDE over a static cache: one program for prompts and steps, on CPU and CUDA.
 
 Tested against `model/reference.py`, which has the equations of the paper (arXiv 2605.06216).
 
@@ -19,7 +19,7 @@ from tide_mega.inference.model_config import ModelShape
 
 @dataclass(frozen=True)
 class Layer:
-    """Weights of a layer, what takes the same input as one matrix, and its part of the cache."""
+    """A layer's weights, those with the same input fused into one matrix, and its part of the cache."""
 
     attention_gain_D: Tensor
     query_key_value: Matrix
@@ -35,27 +35,27 @@ class Layer:
 
 @dataclass(frozen=True)
 class Places:
-    """Where the tokens of one pass lie in their texts, and so in the cache."""
+    """Positions of one pass's tokens in their texts, and so in the cache."""
 
     sequence_B1: Tensor
     position_BT: Tensor
     cos_BT1C: Tensor
     sin_BT1C: Tensor
-    """Of the angles, negative for the first half of a head."""
+    """Sines of the angles, negated for the first half of a head."""
     visible_B1TS: Tensor | None
-    """Which places a token attends to; None where each attends to all."""
+    """Places a token attends to; None if each attends to all."""
     extent: int
-    """S of this pass: places beyond are empty for every sequence."""
+    """S of this pass: later places are empty for every sequence."""
 
 
 Rows = Callable[[], Tensor]
-"""Hands out M [N, K, D], fp32, when the first layer needs it."""
+"""Returns M [N, K, D], fp32, when the first layer needs it."""
 
 
 def run_layers(
     layers: list[Layer], shape: ModelShape, h_ND: Tensor, places: Places, memory: Tensor | Rows | None
 ) -> Tensor:
-    """Return the hidden states [N, D] after the last layer; keys and values are added to the cache."""
+    """Return the hidden states [N, D] after the last layer; adds keys and values to the cache."""
     for layer in layers:
         normed_ND = rms_norm(h_ND, layer.attention_gain_D, shape.norm_eps)
         h_ND = h_ND + layer.output(_attend(layer, shape, layer.query_key_value(normed_ND), places))
@@ -64,7 +64,7 @@ def run_layers(
         h_ND = h_ND + layer.down(F.silu(gate_NF).mul_(up_NF))
         if layer.router_JD is None or memory is None:
             continue
-        # In fp32 whatever the layers compute in: so little is faster that way on a CPU, and α keeps its digits.
+        # In fp32 whatever the layers' dtype: products this small are faster on a CPU, and α keeps its precision.
         alpha_NJ = F.linear(normed_ND.float(), layer.router_JD).softmax(-1)
         if callable(memory):
             memory = memory()
@@ -74,16 +74,16 @@ def run_layers(
 
 
 def rms_norm(x: Tensor, gain_D: Tensor, eps: float) -> Tensor:
-    """Normalise in fp32, return the input's dtype."""
+    """Normalise in fp32; return the input's dtype."""
     wide = x.float()
     scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return (wide * scale).to(x.dtype) * gain_D
 
 
 def _attend(layer: Layer, shape: ModelShape, projected_NX: Tensor, places: Places) -> Tensor:
-    """Add keys and values to the cache and return what attention makes of it [N, H C].
+    """Add keys and values to the cache and return the attention output [N, H C].
 
-    The R query heads of a group are so many more tokens to the group's keys, so no key or value is repeated.
+    The R query heads of a group are folded into the token dimension, so no key or value is repeated.
     """
     B, T = places.position_BT.shape
     H, G, C = shape.num_heads, shape.num_groups, shape.head_size
@@ -106,13 +106,13 @@ def _attend(layer: Layer, shape: ModelShape, projected_NX: Tensor, places: Place
 
 
 def _rotate(x_BTXC: Tensor, places: Places) -> Tensor:
-    """RoPE: turn the pair (i, i + C/2) of every head by its token's angle."""
+    """RoPE: rotate the pair (i, i + C/2) of every head by its token's angle."""
     swapped = x_BTXC.roll(x_BTXC.shape[-1] // 2, -1)
     return torch.addcmul(x_BTXC * places.cos_BT1C, swapped, places.sin_BT1C)
 
 
 def angles(shape: ModelShape, positions: int) -> tuple[Tensor, Tensor]:
-    """Return cos and sin [positions, C], fp32; the sines of a head's first half negative, as `_rotate` needs."""
+    """Return cos and sin [positions, C], fp32; the sines of a head's first half negated, for `_rotate`."""
     C = shape.head_size
     frequencies = shape.rope_theta ** (-torch.arange(0, C, 2, dtype=torch.float32) / C)
     turned = torch.outer(torch.arange(positions, dtype=torch.float32), frequencies)

@@ -1,7 +1,7 @@
-"""Matrix products of few rows, each held the way that its device multiplies fastest.
+"""Matrix products with few rows, each weight held in the layout that its device multiplies fastest.
 
-A token's step reads every weight once, so a product is as fast as its weights stream from memory. On a CPU
-oneDNN reads them faster than what `F.linear` calls: in fp32 in any layout, in bf16 in its own.
+A decoding step reads every weight once, so a product is as fast as its weights stream from memory. On a CPU oneDNN
+reads them faster than what `F.linear` calls: in fp32 in any layout, in bf16 in its own.
 
 Shapes: N tokens, O outputs, I inputs.
 """
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 INT8_ZERO = 128
-"""What stands for 0 among activations, which oneDNN's int8 product takes unsigned."""
+"""Zero point of activations, which oneDNN's int8 product takes unsigned."""
 
 
 class Matrix(ABC):
@@ -25,7 +25,7 @@ class Matrix(ABC):
 
 
 class PlainMatrix(Matrix):
-    """A tensor as it is, multiplied by torch."""
+    """A plain tensor, multiplied by torch."""
 
     def __init__(self, weight_OI: Tensor) -> None:
         self.weight_OI = weight_OI
@@ -36,10 +36,10 @@ class PlainMatrix(Matrix):
 
 
 class OneDnnMatrix(Matrix):
-    """Multiplied by oneDNN: what Inductor calls for a frozen weight."""
+    """A weight multiplied by oneDNN, as Inductor does for frozen weights."""
 
     def __init__(self, weight_OI: Tensor, pack: bool, rows: int) -> None:
-        """Take a weight; `pack` copies it into the layout that is best for products of `rows` rows."""
+        """Take a weight; `pack` copies it into the best layout for products of `rows` rows."""
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight_OI, rows) if pack else weight_OI
 
     def __call__(self, x_NI: Tensor) -> Tensor:
@@ -49,9 +49,9 @@ class OneDnnMatrix(Matrix):
 
 
 class Int8Matrix(Matrix):
-    """Weights in 8 bits with a scale for each output, activations rounded to 8 bits with a scale for each token.
+    """8-bit weights with a scale per output; activations are rounded to 8 bits with a scale per token.
 
-    oneDNN adds the products up exactly, so a token's result does not depend on the others.
+    oneDNN accumulates the products exactly, so a token's result does not depend on the others.
     """
 
     def __init__(self, weight_OI: Tensor, rows: int) -> None:
@@ -77,7 +77,7 @@ class Int8Matrix(Matrix):
 
 
 def has_onednn(dtype: torch.dtype) -> bool:
-    """Whether this build of torch multiplies by oneDNN in this precision, on this processor."""
+    """Whether this build of torch supports oneDNN products in this precision on this processor."""
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False
     return dtype == torch.float32 or (
@@ -86,21 +86,21 @@ def has_onednn(dtype: torch.dtype) -> bool:
 
 
 def has_int8() -> bool:
-    """Whether this build of torch has oneDNN's product of 8-bit integers."""
+    """Whether this build of torch has oneDNN's 8-bit integer product."""
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.onednn, "qlinear_prepack")
 
 
 def make_matrix(
     weight_OI: Tensor, *, rows: int, int8: bool, for_compiler: bool, is_shared: bool = False
 ) -> Matrix:
-    """Hold a weight, on the device and in the precision it has.
+    """Wrap a weight, keeping its device and precision.
 
     Args:
-        weight_OI: the weight, which the caller gives up unless it is shared.
-        rows: N of the products that are to be fast.
+        weight_OI: the weight; ownership passes to the matrix unless it is shared.
+        rows: N for which products should be fast.
         int8: whether to round it to 8 bits, on a CPU.
-        for_compiler: whether torch.compile is to see the product, for which layouts of oneDNN are opaque.
-        is_shared: whether the tensor stays in use for something else, so that packing it costs a copy.
+        for_compiler: whether torch.compile must trace the product; oneDNN's layouts are opaque to it.
+        is_shared: whether the tensor is also used elsewhere, so that packing it costs a copy.
     """
     if int8:
         return Int8Matrix(weight_OI, rows)

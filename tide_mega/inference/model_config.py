@@ -1,13 +1,13 @@
-"""config.json of an exported folder, and of a stock Llama one: what the decode path needs of it, or a refusal."""
+"""Reads config.json of an exported or stock Llama folder: what decoding needs of it, or a refusal."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tide_mega.config.stored import read_json
+from tide_mega.errors import FolderError
+from tide_mega.files import read_json
 from tide_mega.hf.rows_tide import TRAINED_KINDS, RowFormat, part_bounds
-from tide_mega.inference.errors import FolderError
 
 CONFIG_FILE = "config.json"
 MODEL_TYPES = ("tide", "llama")
@@ -16,7 +16,7 @@ _LARGEST = 2**31
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The numbers that fix the architecture; K = 0 is Llama."""
+    """The sizes that determine the architecture; K = 0 is Llama."""
 
     num_layers: int
     hidden_size: int
@@ -41,18 +41,18 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class StoredMemory:
-    """How the folder holds the memory."""
+    """How the folder stores the memory."""
 
     format: RowFormat
     part_rows: int
     """Rows of each tensor among the weights."""
     file: str | None
-    """Of the rows, beside the weights; None where they are among them."""
+    """File of the rows beside the weights; None if the rows are among the weights."""
     fingerprint: str | None
 
     @property
     def is_trained(self) -> bool:
-        """Whether the weights hold tables as they were trained, and their norm's gains."""
+        """Whether the weights contain the tables as trained, with their norm's gains."""
         return self.file is None and self.format.kind in TRAINED_KINDS
 
     def parts(self, rows: int) -> list[int]:
@@ -62,22 +62,22 @@ class StoredMemory:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What config.json says."""
+    """The contents of config.json."""
 
     shape: ModelShape
     memory: StoredMemory | None
     bos_id: int | None
-    """Fed before a text that begins with nothing."""
+    """Token that begins a text without a prompt."""
     eos_ids: tuple[int, ...]
-    """Any of them ends a text."""
+    """Tokens each of which ends a text."""
     vocabulary_fingerprint: str | None
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """Read config.json of a folder, and eos_token_id of generation_config.json where there is one.
+    """Read config.json of a folder, and eos_token_id of generation_config.json if there is one.
 
     Raises:
-        FolderError: a file is missing or damaged, or describes a model that this package does not compute.
+        FolderError: a file is missing or damaged, or describes an unsupported model.
     """
     values = _Values(folder, _read(folder, CONFIG_FILE))
     model_type = values.of("model_type", str, "")
@@ -99,7 +99,7 @@ def read_config(folder: Path) -> ModelConfig:
 
 
 class _Values:
-    """The keys of config.json, each checked as it is read."""
+    """The keys of config.json, checked as they are read."""
 
     def __init__(self, folder: Path, found: Mapping[str, Any]) -> None:
         self._folder = folder
@@ -192,7 +192,7 @@ def _shape(values: _Values, model_type: str) -> ModelShape:
 
 
 def _rope_theta(values: _Values) -> float:
-    """Return θ; transformers 5 writes `rope_parameters`, what came before it `rope_theta` and `rope_scaling`."""
+    """Return θ; transformers 5 writes `rope_parameters`, earlier versions `rope_theta` and `rope_scaling`."""
     theta = values.get("rope_theta")
     for key in ("rope_parameters", "rope_scaling"):
         given = values.of(key, dict, None)

@@ -1,10 +1,10 @@
-"""What `python -m tide_mega.generate` can be told."""
+"""Options of `python -m tide_mega.generate`."""
 
 from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
-from tide_mega.config.errors import refuse
+from tide_mega.errors import refuse
 
 
 @dataclass
@@ -14,27 +14,27 @@ class GenerateOptions:
     model: str = MISSING
     """Folder that tide_mega.export wrote, or a stock Llama one."""
     prompt: str | None = None
-    """Text to go on from; an empty one begins a document."""
+    """Text to continue; an empty one begins a document."""
     prompts: str | None = None
     """File of prompts in place of `prompt`, or - for standard input, which is read where neither is given: one a
     line, as text or as a JSON object (see above)."""
     max_tokens: int = 128
     """Most tokens of an answer."""
     temperature: float = 0.0
-    """0 takes the likeliest token, more draws one."""
+    """0 takes the likeliest token; larger values sample."""
     top_k: int = 0
-    """Draw among so many likeliest tokens; 0 means all."""
+    """Sample from this many likeliest tokens; 0 means all."""
     top_p: float = 1.0
-    """Draw among the fewest likeliest tokens that together have this part of the probability."""
+    """Sample from the fewest likeliest tokens whose total probability reaches this."""
     seed: int | None = None
     """Of the draws, the same for every prompt, whatever else is in its batch; null draws one for each."""
     stop: list[str] = field(default_factory=list)
-    """Strings that end an answer before them."""
+    """Strings before which an answer ends."""
     memory: str = "device"
     """Where rows of the memory stay: device, host (pinned, where there is CUDA), or disk, for a model that was
     exported with memory=sidecar."""
     cache: float = 0.05
-    """With memory=disk, the part of the rows kept in memory once read."""
+    """With memory=disk, the share of the rows kept in memory once read."""
     batch: int = 1
     """Prompts answered side by side."""
     max_length: int | None = None
@@ -48,13 +48,13 @@ class GenerateOptions:
     weights: str = "dtype"
     """dtype, or int8: matrices in 8 bits, on a CPU."""
     compile: bool = False
-    """Whether torch.compile makes the step of a token; it takes a minute at first."""
+    """Whether to compile the decoding step with torch.compile; takes a minute at the start."""
     threads: int | None = None
     """CPU threads; null takes the machine's cores."""
 
 
 def check(options: GenerateOptions) -> None:
-    """Refuse what cannot be meant.
+    """Refuse invalid options.
 
     Raises:
         ConfigError: a value out of range, or two that exclude each other.

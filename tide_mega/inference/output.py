@@ -1,4 +1,4 @@
-"""What a generation writes: text or JSON lines to standard output, speed and reads to standard error."""
+"""Output of a generation: text or JSON lines to standard output, speed and reads to standard error."""
 
 import json
 import sys
@@ -13,7 +13,7 @@ class Output:
     """Answers in the order of their requests."""
 
     def __init__(self, is_json: bool, streams: bool) -> None:
-        """`streams`: whether one request is answered at a time, so that its text can be written as it comes."""
+        """`streams`: whether requests are answered one at a time, so that text is written as it is generated."""
         self._is_json, self._streams = is_json, streams and not is_json
         self._lines: Sequence[int] = ()
         self._requests: Sequence[Request] = ()
@@ -22,25 +22,25 @@ class Output:
         """Requests that could not be answered."""
 
     def refuse(self, line: int, error: RequestError) -> None:
-        """Say that a request cannot be answered."""
+        """Report that a request cannot be answered."""
         self.refused += 1
         print(error, file=sys.stderr, flush=True)
         if self._is_json:
             self._write_line({"line": line, "error": str(error)})
 
     def begin(self, lines: Sequence[int], requests: Sequence[Request]) -> None:
-        """Take what will be answered side by side."""
+        """Begin a batch of requests."""
         self._lines, self._requests = lines, requests
 
     def write(self, b: int, text: str) -> None:
-        """Write a piece of the answer to request `b` of those side by side."""
+        """Write a piece of the answer to request `b` of the batch."""
         if self._streams:
             self._line_open = True
             sys.stdout.write(text)
             sys.stdout.flush()
 
     def end(self, answers: Sequence[Answer]) -> None:
-        """Write what is not written yet of the answers."""
+        """Write the rest of the answers."""
         for line, request, answer in zip(self._lines, self._requests, answers, strict=True):
             if self._is_json:
                 self._write_line(
@@ -61,14 +61,14 @@ class Output:
             self.close()
 
     def close(self) -> None:
-        """End the line of an answer, whole or cut short."""
+        """End the line of an answer, complete or interrupted."""
         if self._line_open:
             self._line_open = False
             sys.stdout.write("\n")
             sys.stdout.flush()
 
     def sum_up(self, decoder: Decoder) -> None:
-        """Say how fast it was, and what was read of the memory."""
+        """Report the speed, and what was read of the memory."""
         stats = decoder.stats
         parts = []
         if stats.prompt_tokens:

@@ -1,4 +1,4 @@
-"""Requests from the command line, a file or standard input."""
+"""Reads requests from the command line, a file or standard input."""
 
 import itertools
 import secrets
@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from tide_mega.config.errors import ConfigError, refuse
-from tide_mega.config.stored import parse_json
-from tide_mega.data.lines import read_line
+from tide_mega.data.prepare.compressed import read_line
+from tide_mega.errors import ConfigError, refuse
+from tide_mega.files import parse_json
 from tide_mega.inference.options import GenerateOptions
 from tide_mega.inference.sampling import Sampling
 from tide_mega.inference.session import Request, RequestError
@@ -24,14 +24,14 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "seed": (int,),
     "stop": (list,),
 }
-"""Keys of a request as a JSON object, and what each takes."""
+"""Keys of a JSON request, and the types each accepts."""
 
 
 def read_requests(options: GenerateOptions) -> Iterator[tuple[int, Request | RequestError]]:
-    """Return each request with the number of its line, as soon as the line is there, or what is wrong with it.
+    """Yield each request, or what is wrong with it, with its line number, as soon as the line arrives.
 
     Raises:
-        ConfigError: an option has a wrong value, or the file of prompts cannot be opened.
+        ConfigError: an option has an invalid value, or the file of prompts cannot be opened.
     """
     request = request_of({"prompt": options.prompt or ""}, options, "prompt")
     return iter([(1, request)]) if options.prompt is not None else _read(_opened(options.prompts), options)
@@ -56,11 +56,11 @@ def _read(file: BinaryIO, options: GenerateOptions) -> Iterator[tuple[int, Reque
 
 
 def request_of(given: dict[str, Any], options: GenerateOptions, name: str) -> Request:
-    """Make a request of what was given for it, and of the options for the rest.
+    """Build a request from its own values, with the options as defaults.
 
     Raises:
         ConfigError: a value out of range.
-        RequestError: a key that is unknown or has a value of a wrong type, or no prompt.
+        RequestError: an unknown key, a value of a wrong type, or no prompt.
     """
     for key, value in given.items():
         if key not in _KINDS:
@@ -82,7 +82,7 @@ def request_of(given: dict[str, Any], options: GenerateOptions, name: str) -> Re
 
 
 def _request_of_line(line: bytes | None, options: GenerateOptions, name: str) -> Request | None:
-    """Return the request of a line; None for a blank one."""
+    """Return a line's request; None for a blank line."""
     if line is None:
         raise RequestError(f"{name} is longer than {LONGEST_LINE // 2**20} MiB.")
     try:
@@ -95,7 +95,7 @@ def _request_of_line(line: bytes | None, options: GenerateOptions, name: str) ->
         try:
             found = parse_json(text)
         except ValueError:
-            found = None  # a text that begins with a brace
+            found = None  # plain text that begins with a brace
         if isinstance(found, dict):
             return request_of(found, options, name)
     return request_of({"prompt": text}, options, name)

@@ -1,4 +1,4 @@
-"""The next token of each request: the likeliest, or one drawn, from a generator of the request's own.
+"""Chooses the next token of each request: greedily, or by sampling from a generator of the request's own.
 
 Shapes: B requests, V vocabulary, P the likeliest tokens of a request, those that may be drawn.
 """
@@ -9,11 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tide_mega.config.errors import refuse
-from tide_mega.inference.errors import GenerationError
+from tide_mega.errors import GenerationError, refuse
 
 _FIRST_LOOK = 1024
-"""So many tokens nearly always hold the part `top_p`; sorting all of a vocabulary takes as long as a layer."""
+"""This many tokens nearly always cover `top_p`; sorting the whole vocabulary costs as much as a layer."""
 
 
 @dataclass(frozen=True)
@@ -25,11 +24,11 @@ class Sampling:
     """
 
     temperature: float = 0.0
-    """Logits are divided by it; 0 takes the likeliest token."""
+    """Divisor of the logits; 0 takes the likeliest token."""
     top_k: int = 0
-    """Draw among so many likeliest tokens; 0 means all."""
+    """Sample from this many likeliest tokens; 0 means all."""
     top_p: float = 1.0
-    """Draw among the fewest likeliest tokens that together have at least this part of the probability."""
+    """Sample from the fewest likeliest tokens whose total probability is at least this."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
@@ -41,20 +40,20 @@ class Sampling:
 
 
 class Sampler:
-    """Chooses the tokens of B requests; what one gets depends on its own logits and seed alone."""
+    """Chooses the tokens of B requests; each depends only on its own logits and seed."""
 
     def __init__(self, samplings: Sequence[Sampling], seeds: Sequence[int], device: torch.device) -> None:
-        """Take what belongs to each request; draws are made on `device`, where the logits are."""
+        """Take each request's sampling and seed; draws are made on `device`, where the logits are."""
         self._samplings = list(samplings)
         self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
         self._all_greedy = all(sampling.temperature == 0 for sampling in self._samplings)
 
     def choose(self, logits_BV: Tensor, names: Sequence[str], finished: set[int]) -> Tensor:
-        """Return a token id for each request [B], any for those that have finished.
+        """Return a token id for each request [B]; arbitrary for finished ones.
 
         Args:
             logits_BV: of the next token.
-            names: what to call the requests in an error.
+            names: names of the requests in errors.
             finished: requests that need no token.
 
         Raises:
@@ -62,7 +61,7 @@ class Sampler:
         """
         best_B, ids_B = logits_BV.max(-1)
         for b, best in enumerate(best_B.tolist()):
-            if b not in finished and not abs(best) < float("inf"):  # NaN anywhere is the maximum
+            if b not in finished and not abs(best) < float("inf"):  # a NaN anywhere becomes the maximum
                 raise GenerationError(
                     f"{names[b]}: the model's logits are not numbers. With dtype=bf16 try dtype=fp32; otherwise "
                     "its weights are damaged, or its training diverged."
@@ -77,7 +76,7 @@ class Sampler:
 
 
 def draw(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
-    """Return an id drawn by the probabilities that temperature, then top_k, then top_p leave."""
+    """Sample an id after applying temperature, then top_k, then top_p."""
     scaled_V = logits_V.double() / sampling.temperature
     if sampling.top_k:
         logits_P, ids_P = scaled_V.topk(min(sampling.top_k, len(scaled_V)))
@@ -96,7 +95,7 @@ def draw(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> Te
 
 
 def _likeliest(probability_V: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
-    """Return at least the likeliest tokens that together have the part `top_p`, the likeliest first."""
+    """Return at least the likeliest tokens that together cover `top_p`, in descending order."""
     count = min(_FIRST_LOOK, len(probability_V))
     probability_P, ids_P = probability_V.topk(count)
     if count < len(probability_V) and probability_P.sum() < top_p:

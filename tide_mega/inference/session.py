@@ -1,12 +1,11 @@
-"""Requests side by side from prompt to the end of their texts."""
+"""Answers several requests side by side, from prompt to the end of each text."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
-from tide_mega.config.errors import StatedError
-from tide_mega.config.exits import Exit
 from tide_mega.data.tokenizer import Tokenizer
+from tide_mega.errors import Exit, StatedError
 from tide_mega.inference.decoder import Decoder
 from tide_mega.inference.model_config import ModelConfig
 from tide_mega.inference.sampling import Sampler, Sampling
@@ -21,7 +20,7 @@ class RequestError(StatedError, ValueError):
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked for."""
+    """A request."""
 
     prompt: str
     sampling: Sampling
@@ -29,26 +28,26 @@ class Request:
     max_tokens: int
     """Most tokens of the answer."""
     stops: tuple[str, ...] = ()
-    """Strings that end the text before them."""
+    """Strings before which the text ends."""
     name: str = "prompt"
-    """What to call it in an error."""
+    """Its name in errors."""
 
 
 @dataclass
 class Answer:
-    """What came of a request."""
+    """The answer to a request."""
 
     text: str
     finish: str
-    """Why it ended: eos, stop, or length, by max_tokens or for want of room."""
+    """Why it ended: eos, stop, or length (max_tokens, or no room left)."""
     prompt_tokens: int
     tokens: int
-    """Of the answer, a last eos included."""
+    """Tokens of the answer, including a final eos."""
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """From a prompt to the ids that a decoder is given."""
+    """Encodes prompts to a decoder's input ids."""
 
     tokenizer: Tokenizer
     config: ModelConfig
@@ -56,10 +55,10 @@ class Encoder:
     """Most tokens of a prompt and its answer."""
 
     def encode(self, request: Request) -> list[int]:
-        """Return the ids of a prompt; of an empty one that which begins a document.
+        """Return the ids of a prompt; for an empty one the token that begins a document.
 
         Raises:
-            RequestError: there is no room for it and a token of an answer, or nothing begins a document.
+            RequestError: there is no room for it and one token of an answer, or no token begins a document.
         """
         ids = [int(i) for i in self.tokenizer.encode_batch([request.prompt])[0]]
         if not ids:
@@ -97,10 +96,10 @@ def answer(
         eos_ids: ids that end a text.
         requests: at least one.
         prompts: their ids.
-        write: is given a request's number and text, whenever there is more.
+        write: called with a request's number and text whenever there is more.
 
     Raises:
-        GenerationError: logits are not numbers, or the memory cannot be read any more.
+        GenerationError: logits are not numbers, or the memory can no longer be read.
     """
     sampler = Sampler([r.sampling for r in requests], [r.seed for r in requests], decoder.device)
     streams = [TextStream(tokenizer, request.stops) for request in requests]

@@ -1,4 +1,4 @@
-"""From token ids to text as they come: never half a character, and nothing of a stop string."""
+"""Streams token ids as text: never half a character, and nothing of a stop string."""
 
 import codecs
 from collections.abc import Sequence
@@ -7,26 +7,26 @@ from tide_mega.data.tokenizer import Tokenizer
 
 
 class TextStream:
-    """The text of one request, handed out as soon as no later token can change it."""
+    """The text of one request, released as soon as no later token can change it."""
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
-        """`stops` end the text where the first of them begins."""
+        """`stops` end the text at the first occurrence of any."""
         self._tokenizer = tokenizer
         self._bytes = codecs.getincrementaldecoder("utf-8")("replace")
         self._stops = [stop for stop in stops if stop]
         self._held = ""
-        """Text that may turn out to begin a stop string."""
+        """Text that may be the beginning of a stop string."""
         self.is_stopped = False
 
     def add(self, token_id: int) -> str:
-        """Take a token; return what can be written now. Special tokens have no text."""
+        """Add a token; return the text that can be written now. Special tokens have no text."""
         if self.is_stopped or token_id in self._tokenizer.special_ids:
             return ""
         self._held += self._bytes.decode(self._tokenizer.token_bytes(token_id))
         return self._release()
 
     def end(self) -> str:
-        """Return what is left; bytes that make no whole character become U+FFFD."""
+        """Return the rest; bytes of incomplete characters become U+FFFD."""
         if self.is_stopped:
             return ""
         self._held += self._bytes.decode(b"", final=True)
@@ -45,7 +45,7 @@ class TextStream:
         return text
 
     def _open_length(self) -> int:
-        """Return the length of the longest end of the held text with which a stop string begins."""
+        """Return the length of the longest suffix of the held text that is a prefix of a stop string."""
         longest = max((len(stop) for stop in self._stops), default=1) - 1
         return next(
             (

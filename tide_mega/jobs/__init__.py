@@ -1,1 +1,1 @@
-"""A process among others: the SLURM job that it belongs to, and the folder that it alone may write in."""
+"""A process and its surroundings: the SLURM job that it belongs to, and locks on folders it has to itself."""

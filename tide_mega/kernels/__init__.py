@@ -1,1 +1,1 @@
-"""The operations of the memory, one folder each: `naive.py` is the oracle of its faster versions."""
+"""The operations of the memory, one folder each; `naive.py` is the oracle for the faster versions."""

@@ -1,6 +1,6 @@
-"""The GPU kernels compiled ahead of time, where there is no GPU: registers, spills, shared memory, width of loads.
+"""Ahead-of-time compilation of the GPU kernels without a GPU: registers, spills, shared memory, width of loads.
 
-Shapes: K memory blocks, D width.
+Dimensions: K memory blocks, D width.
 """
 
 import os
@@ -34,7 +34,7 @@ _SIZES = ("N", "U", "C", "CHUNK", "J")
 
 @dataclass(frozen=True)
 class Report:
-    """What a compiled kernel needs of a multiprocessor."""
+    """The resources that a compiled kernel needs of a multiprocessor."""
 
     kernel: str
     arch: str
@@ -43,21 +43,21 @@ class Report:
     dtype: str
     warps: int
     registers: int
-    """Of a thread."""
+    """Per thread."""
     spill_bytes: int
-    """Of a thread, in local memory."""
+    """Per thread, in local memory."""
     shared_bytes: int
-    """Of a program."""
+    """Shared memory per program."""
     occupancy: float
-    """Warps that fit on a multiprocessor, of the most there can be; from the three figures above."""
+    """Resident warps of a multiprocessor as a fraction of its maximum; from the figures above."""
     widest_load: int
-    """Bits that one instruction of one thread loads from global memory, at most."""
+    """Maximum bits that one instruction of one thread loads from global memory."""
     single_loads: int
-    """Instructions that load one 16-bit value; router logits are read so, and nothing else should be."""
+    """Instructions that load a single 16-bit value; only router logits should be read this way."""
 
     @property
     def faults(self) -> list[str]:
-        """What is wrong with it, in words; empty when nothing is."""
+        """Return what is wrong with the kernel, in words; empty if nothing is."""
         found = []
         if self.spill_bytes:
             found.append(f"spills {self.spill_bytes} bytes a thread")
@@ -129,7 +129,7 @@ KERNELS: dict[str, Callable[[int, int, Tile], tuple[Any, dict[str, int]]]] = {
     "norm_router_backward": _norm_router_backward,
     "router_gradient": _router_gradient,
 }
-"""By the name in the tuning table: the kernel and its compile-time values."""
+"""The kernel and its compile-time values, by name in the tuning table."""
 
 _NOT_IN_DTYPE = {
     **dict.fromkeys(
@@ -140,19 +140,19 @@ _NOT_IN_DTYPE = {
     **dict.fromkeys(("scale_ptr", "gain_parts_ptr", "router_parts_ptr"), "*fp32"),
     "eps": "fp32",
 }
-"""Types of the arguments that are not in the activations' dtype."""
+"""Types of arguments that do not have the activations' dtype."""
 
 
 def report(kernel: str, arch: str, blocks: int, width: int, dtype: str, tile: Tile) -> Report:
-    """Compile one kernel as a launch with aligned tensors would.
+    """Compile one kernel as a launch with aligned tensors would, and return its resources.
 
     Args:
         kernel: a name of `KERNELS`.
         arch: sm_90 or sm_100.
         blocks: K.
         width: D.
-        dtype: bf16 or fp32, of activations, rows and gains.
-        tile: its sizes.
+        dtype: of activations, rows and gains: bf16 or fp32.
+        tile: the tile sizes.
     """
     function, constants = KERNELS[kernel](blocks, width, tile)
     signature, attributes = {}, {}
@@ -186,9 +186,9 @@ def report(kernel: str, arch: str, blocks: int, width: int, dtype: str, tile: Ti
 
 
 def occupancy(registers: int, shared_bytes: int, warps: int) -> float:
-    """Share of a multiprocessor's 64 warps that programs of so many fill, by registers and shared memory.
+    """Return the fraction of a multiprocessor's 64 warps that programs of `warps` warps fill.
 
-    Both architectures have 64 Ki registers, given out by 256 a warp, and 228 KiB of shared memory.
+    Both architectures have 64 Ki registers, allocated in units of 256 per warp, and 228 KiB of shared memory.
     """
     registers_of_a_warp = -(-registers * 32 // 256) * 256
     programs = min(_PROGRAMS, _WARPS // warps, _REGISTERS // max(1, registers_of_a_warp * warps))
@@ -196,14 +196,14 @@ def occupancy(registers: int, shared_bytes: int, warps: int) -> float:
 
 
 def load_widths(ptx: str) -> list[int]:
-    """Bits of every instruction that loads from global memory, asynchronous copies included."""
+    """Return the bits of every instruction that loads from global memory, including asynchronous copies."""
     loads = re.findall(r"ld\.global[.\w:]*?(?:\.v(\d))?\.[bfus](\d+)\b", ptx)
     copies = re.findall(r"cp\.async\.c[ag]\.shared\.global[^,]*,[^,]*, *0x([0-9a-f]+)", ptx)
     return [int(count or 1) * int(bits) for count, bits in loads] + [8 * int(size, 16) for size in copies]
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
-    """Registers a thread, and bytes of stack and local memory a thread, by NVIDIA's cuobjdump."""
+    """Return registers, and bytes of stack and local memory, per thread, from NVIDIA's cuobjdump."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     if not os.access(tool, os.X_OK):
         raise FileNotFoundError(f"{tool} is missing: triton's wheel for Linux has it.")

@@ -1,39 +1,39 @@
-"""Which version of each operation runs: by device and shape, unless the configuration says."""
+"""Chooses the version of each operation: by device and shape, unless the configuration sets it."""
 
 import importlib.util
 from dataclasses import dataclass
 
 import torch
 
-from tide_mega.config.errors import refuse
 from tide_mega.config.schema import KernelConfig
+from tide_mega.errors import refuse
 
 MAX_TRITON_BLOCKS = 63
-"""A token's router weights, null bank included, fill at most one tile of 64."""
+"""A token's router weights, including the null bank, must fit a tile of 64."""
 
 
 @dataclass(frozen=True)
 class KernelChoice:
-    """Versions chosen: naive, cpu or triton."""
+    """The chosen versions: naive, cpu or triton."""
 
     mix: str
-    """Also of the row gradient."""
+    """Also used for the row gradient."""
     row_norm: str
     norm_router: str
     """RMSNorm and router of the layers; naive on a CPU."""
 
     def describe(self) -> str:
-        """One phrase for the start-up log."""
+        """Return a phrase for the start-up log."""
         return (
             f"mix and row gradient {self.mix}, row norm {self.row_norm}, norm and router {self.norm_router}"
         )
 
 
 def choose_kernels(config: KernelConfig, device: torch.device, num_blocks: int) -> KernelChoice:
-    """Resolve `auto` and check what was asked for.
+    """Resolve `auto` and check explicit choices.
 
     Raises:
-        ConfigError: a version that cannot run on this device or at this K.
+        ConfigError: a version cannot run on this device or with this K.
     """
     return KernelChoice(
         _choose("kernels.mix", config.mix, device, num_blocks),

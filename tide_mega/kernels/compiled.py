@@ -1,4 +1,4 @@
-"""torch.compile: the one door. Chains of elementwise operations become single passes over memory on a GPU."""
+"""The only user of torch.compile: on a GPU, chains of elementwise operations become single passes over memory."""
 
 import functools
 import os
@@ -14,16 +14,16 @@ _CACHE = "TORCHINDUCTOR_CACHE_DIR"
 
 
 def compiled(function: Callable[..., Any], device: torch.device, enabled: bool) -> Callable[..., Any]:
-    """Return `function` compiled where that pays: on CUDA, and `enabled` (config key `kernels.compile`).
+    """Return `function` compiled if that pays: on CUDA, and if `enabled` (config key `kernels.compile`).
 
-    The same function is compiled once in a process, however often it is asked for. A first size is compiled as
-    it is, a second one makes the size dynamic.
+    A function is compiled once per process, however often it is requested. The first size is compiled
+    statically; a second one makes the size dynamic.
     """
     return _compile(function) if enabled and device.type == "cuda" else function
 
 
 def compiled_step(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
-    """Return a step of a decoder compiled, each size by itself; on CUDA it is replayed as a graph of kernels."""
+    """Return a decoder step compiled for each size separately; on CUDA it is replayed as a CUDA graph."""
     _choose_cache()
     mode = "reduce-overhead" if device.type == "cuda" else "default"
     return torch.compile(function, dynamic=False, mode=mode)
@@ -41,10 +41,11 @@ def _choose_cache() -> None:
 
 
 def private_cache_folder() -> Path:
-    """Return a folder for compiled code that nobody else could have filled: this user's, with mode 0700.
+    """Return a folder for compiled code that no other user could have filled: owned by this user, mode 0700.
 
-    It is the one that slurm/task.sh chooses, or a new one where that is another's, a link, or was open to others.
-    What lies there is run, and torch would use a folder for temporary files whoever made it.
+    It is the folder that slurm/task.sh chooses, or a new one if that is another user's, a link, or was
+    accessible to others. Its content is executed, and torch by itself would use a folder for temporary files
+    whoever created it.
     """
     place = Path(tempfile.gettempdir())
     folder = place / f"tide-mega-{os.getuid()}"
@@ -55,7 +56,7 @@ def private_cache_folder() -> Path:
             if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022:
                 folder.chmod(0o700)
                 return folder
-        except OSError:  # a file or a dangling link, or one that may not be made
+        except OSError:  # a file, a dangling link, or not permitted
             pass
     return Path(tempfile.mkdtemp(prefix="tide-mega-"))
 

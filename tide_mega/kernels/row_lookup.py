@@ -1,9 +1,10 @@
-"""Rows of a table by id, whose gradient is added up in fp32 and in a fixed order.
+"""Rows of a table by id, whose gradient is accumulated in fp32 and in a fixed order.
 
-On a CPU torch adds the gradients of a bf16 row one by one in bf16, for `F.embedding` and `table[ids]` alike. There
-256 + 1 is 256: the gradient of a row used more often stops growing. On a GPU `F.embedding` adds up with atomics.
+On a CPU torch adds the gradients of a bf16 row one by one in bf16, for both `F.embedding` and `table[ids]`. There
+256 + 1 is 256, so the gradient of a frequently used row stops growing. On a GPU `F.embedding` accumulates with
+atomics.
 
-Shapes: V rows of the table, D width, N ids.
+Dimensions: V rows of the table, D width, N ids.
 """
 
 from typing import Any
@@ -31,14 +32,14 @@ class _LookUp(autograd.Function):
 
 
 def look_up(table_VD: Tensor, ids: Tensor) -> Tensor:
-    """Return the rows [..., D] of `ids` [...], each within 0 to V - 1."""
+    """Return the rows [..., D] of `ids` [...], each from 0 to V - 1."""
     return _LookUp.apply(table_VD, ids)
 
 
 def sum_rows(order: TokenOrder, values_ND: Tensor) -> Tensor:
-    """Add up the values of each row's tokens [V, D]: in at least fp32, in the tokens' order, rounded once.
+    """Sum the values of each row's tokens [V, D] in at least fp32, in the tokens' order, rounded once.
 
-    An embedding bag turned round, whose bags are the rows and whose table is the values: a bf16 result has no fp32
-    copy of its size beside it, and nothing waits for the device.
+    A transposed embedding bag, whose bags are the rows and whose table is the values: a bf16 result needs no
+    fp32 copy of its size, and nothing waits for the device.
     """
     return F.embedding_bag(order.sorted_N, values_ND, order.starts_U1[:-1], mode="sum")

@@ -1,6 +1,6 @@
-"""The tokens of a microbatch sorted by memory row: what makes reads coalesce and row gradients deterministic.
+"""The tokens of a micro-batch sorted by memory row, which makes reads coalesce and row gradients deterministic.
 
-Shapes: N tokens, U rows on the board.
+Dimensions: N tokens, U rows on the board.
 """
 
 from dataclasses import dataclass
@@ -11,18 +11,18 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TokenOrder:
-    """Which row each token reads, and which tokens read each row; all int32, shapes known without a host sync."""
+    """The row each token reads, and the tokens that read each row; all int32, shapes known without a host sync."""
 
     index_N: Tensor
     """Row of each token."""
     sorted_N: Tensor
     """Tokens by ascending row; those of one row in their own order."""
     starts_U1: Tensor
-    """Tokens of row u are `sorted_N[starts_U1[u] : starts_U1[u + 1]]`, none where the microbatch lacks it."""
+    """Tokens of row u are `sorted_N[starts_U1[u] : starts_U1[u + 1]]`; none if the micro-batch lacks it."""
 
     @staticmethod
     def sort(index_N: Tensor, num_rows: int) -> "TokenOrder":
-        """Sort once a microbatch; every layer uses the result."""
+        """Sort the tokens once per micro-batch; every layer uses the result."""
         ascending_N, sorted_N = torch.sort(index_N, stable=True)
         rows_U1 = torch.arange(num_rows + 1, device=index_N.device, dtype=index_N.dtype)
         starts_U1 = torch.searchsorted(ascending_N, rows_U1)
@@ -40,14 +40,14 @@ class TokenOrder:
 
     @property
     def key(self) -> int:
-        """The same for every layer of a microbatch, as long as the order lives."""
+        """A key that is the same for every layer of a micro-batch, as long as the order lives."""
         return self.index_N.data_ptr()
 
     def pack(self) -> Tensor:
-        """One tensor, since one is what megatron carries to the layers."""
+        """Pack into one tensor, since megatron carries only one to the layers."""
         return torch.cat((self.index_N, self.sorted_N, self.starts_U1))
 
     @staticmethod
     def unpack(packed: Tensor, num_tokens: int) -> "TokenOrder":
-        """Views of what `pack` made."""
+        """Return the order as views of a packed tensor."""
         return TokenOrder(*packed.split((num_tokens, num_tokens, packed.numel() - 2 * num_tokens)))

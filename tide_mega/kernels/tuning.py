@@ -1,8 +1,8 @@
-"""Tile sizes of the GPU kernels, by architecture, number of blocks and width: a table kept beside this file.
+"""Tile sizes of the GPU kernels by architecture, number of blocks and width, in a table kept beside this file.
 
 `tools/tune_kernels.py` times candidates and rewrites the table; each entry says how it was chosen.
 
-Shapes: K memory blocks, D width.
+Dimensions: K memory blocks, D width.
 """
 
 import json
@@ -18,23 +18,23 @@ KERNELS = (
     *("norm_router_forward", "norm_router_backward", "router_gradient"),
 )
 ANY = "any"
-"""Architecture of the entries for those that have none of their own, and for the interpreter."""
-COMPILED = "compile report, not timed"
+"""Architecture name of entries for architectures without their own, and for the interpreter."""
 
 
 @dataclass(frozen=True)
 class Tile:
-    """What one program of a kernel works on.
+    """The work of one program of a kernel.
 
-    Programs that hold whole rows ignore `width`, and the norms of memory rows, one at a time, `items` too.
+    Programs that hold whole rows ignore `width`; the norms of memory rows process one at a time and ignore
+    `items` too.
     """
 
     items: int
-    """Tokens, or pairs of layer and token, a tile; a power of two."""
+    """Tokens, or pairs of layer and token, per tile; a power of two."""
     width: int
-    """Columns of D a tile; a power of two."""
+    """Columns of D per tile; a power of two."""
     warps: int
-    """32 threads each."""
+    """Warps of 32 threads."""
     stages: int
     """Tiles in flight, for loops that feed the tensor cores."""
 
@@ -52,7 +52,7 @@ class Entry:
 
 
 def arch_of(device: torch.device) -> str:
-    """`sm_90` and the like for a CUDA device, else `any`."""
+    """Return the architecture of a CUDA device, such as `sm_90`; else `any`."""
     if device.type != "cuda":
         return ANY
     major, minor = torch.cuda.get_device_capability(device)
@@ -60,13 +60,13 @@ def arch_of(device: torch.device) -> str:
 
 
 def tile_of(kernel: str, device: torch.device, blocks: int, width: int) -> Tile:
-    """Return the table's tile for K = `blocks`, D = `width` on this device."""
+    """Return the tuning table's tile for K = `blocks` and D = `width` on this device."""
     return find(kernel, arch_of(device), blocks, width).tile
 
 
 @cache
 def find(kernel: str, arch: str, blocks: int, width: int) -> Entry:
-    """Return the entry with the tightest bounds that hold K and D; beyond all bounds, the widest.
+    """Return the entry with the tightest bounds that include K and D; beyond all bounds, the widest.
 
     An architecture without entries of this kernel uses those of `any`.
 
@@ -89,7 +89,7 @@ def load(path: Path = TABLE) -> list[Entry]:
     """Read a table.
 
     Raises:
-        ValueError: an entry names no kernel of ours, or a tile that is not of powers of two.
+        ValueError: an entry names an unknown kernel, or a tile size that is not a power of two.
     """
     entries = []
     for number, line in enumerate(json.loads(path.read_text(encoding="utf-8"))["entries"], start=1):
@@ -104,7 +104,7 @@ def load(path: Path = TABLE) -> list[Entry]:
 
 
 def save(entries: list[Entry], path: Path = TABLE) -> None:
-    """Write a table, one entry a line."""
+    """Write a table, one entry per line."""
     lines = []
     for entry in sorted(
         entries, key=lambda e: (KERNELS.index(e.kernel), e.arch, e.most_blocks, e.most_width)

@@ -1,27 +1,25 @@
-"""Distinct token types in the steps of a training run, counted on real text.
+"""Counts the distinct token types in training steps on real text, for `tools/memory_plan.py`; and its options.
 
-Shapes: T sequence length, U distinct types of a step.
+Dimensions: T tokens of a sequence, U distinct token types of a step, V rows of a table, n owners.
 """
 
 import itertools
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tide_mega.config.errors import printable, refuse
-from tide_mega.data.documents import Document, read_piece
-from tide_mega.data.errors import DataError
 from tide_mega.data.index import FILE_NAME
-from tide_mega.data.inputs import describe_links, find_inputs
-from tide_mega.data.lines import MAX_DOCUMENT_BYTES
-from tide_mega.data.permutation import Permutation
+from tide_mega.data.loader import Permutation
+from tide_mega.data.prepare.compressed import MAX_DOCUMENT_BYTES
+from tide_mega.data.prepare.documents import Document, read_piece
+from tide_mega.data.prepare.inputs import describe_links, find_inputs, plan_units
 from tide_mega.data.stream import TokenStream
 from tide_mega.data.tokenizer import Tokenizer
-from tide_mega.data.units import plan_units
+from tide_mega.errors import DataError, printable, refuse
 
 ORDERS = ("shuffled", "contiguous")
 _SEED = 1234
@@ -37,32 +35,32 @@ class Sequences:
     vocab: int
     """One past the largest id the tokenizer has."""
     read: Callable[[int], NDArray[np.int64]]
-    """`read(i)` gives the tokens [T] of sequence i."""
+    """`read(i)` returns the tokens [T] of sequence i."""
 
     @classmethod
     def cut(cls, ids: NDArray[np.int64], length: int, vocab: int) -> "Sequences":
-        """Cuts one long row of ids; a tail shorter than `length` is left out."""
+        """Cut one long row of ids; a tail shorter than `length` is dropped."""
         return cls(len(ids) // length, length, vocab, lambda i: ids[i * length : (i + 1) * length])
 
 
 @dataclass(frozen=True)
 class DistinctTypes:
-    """What steps of one size need of the memory."""
+    """The demand that steps of one size make on the memory."""
 
     tokens: int
     """Tokens of a step."""
     steps: int
-    """Steps measured; they share no sequence."""
+    """Number of steps measured; they share no sequence."""
     mean: float
-    """U, mean over the steps."""
+    """Mean of U over the steps."""
     most: int
-    """U, largest."""
+    """Largest U."""
     seen_before: float | None
-    """Share of a step's types that the step before it had too; None with one step."""
+    """Share of a step's types that also occurred in the previous step; None with one step."""
     skew_blocks: float
-    """Rows asked of the busiest owner relative to the mean owner, an owner having neighbouring ids."""
+    """Rows requested from the busiest owner over the mean, if owners hold contiguous ids."""
     skew_cyclic: float
-    """The same where id v belongs to owner v mod n."""
+    """The same if id v belongs to owner v mod n."""
 
 
 def measure(
@@ -74,15 +72,15 @@ def measure(
     order: str = "shuffled",
     most_steps: int = 32,
 ) -> DistinctTypes:
-    """Counts the types in disjoint steps.
+    """Count the distinct types in disjoint steps.
 
     Args:
         sequences: the text.
         tokens: tokens of a step, a multiple of T.
         owners: n, ranks that share the rows.
         vocab: V, rows of a table; `skew_blocks` cuts it in n blocks of ceil(V / n).
-        order: shuffled takes sequences as the training loader deals them, contiguous as they lie.
-        most_steps: how many steps at most.
+        order: shuffled (as the training loader orders sequences) or contiguous.
+        most_steps: maximum number of steps.
 
     Raises:
         ConfigError: the tables have no row for an id of the text.
@@ -125,12 +123,12 @@ def _skew(owner_of_request: NDArray[np.int64], owners: int) -> float:
 
 
 def is_prepared(text: list[str]) -> bool:
-    """Whether `text` is one folder that tools/prepare_data.py wrote."""
+    """Return whether `text` is a single folder written by tools/prepare_data.py."""
     return len(text) == 1 and (Path(text[0]) / FILE_NAME).is_file()
 
 
 def open_prepared(folder: str, length: int) -> Sequences:
-    """The training split of a prepared dataset.
+    """Open the training split of a prepared dataset.
 
     Raises:
         DataError: a shard is bad, or the split is too short.
@@ -149,10 +147,10 @@ def tokenise(
     text_key: str,
     max_document_bytes: int = MAX_DOCUMENT_BYTES,
 ) -> Sequences:
-    """Tokenises text in the order of its files, an EOS after each document, up to `most_tokens`.
+    """Tokenise text in the order of its files, with EOS after each document, up to `most_tokens`.
 
     Raises:
-        ConfigError: `text` names what does not exist or cannot be read.
+        ConfigError: `text` names something that does not exist or cannot be read.
         DataError: a file or record is bad.
     """
     parts: list[NDArray[np.int64]] = [np.empty(0, np.int64)]
@@ -178,3 +176,83 @@ def _documents(text: list[str], suffixes: list[str], text_key: str, longest: int
                     print(printable(f"left out: {record.source} {record.reason}"), file=sys.stderr)
                 else:
                     raise DataError(f"{record.source} {record.reason}. Correct it or leave it out of text")
+
+
+_AT_LEAST_ONE = (
+    *("max_document_bytes", "max_tokens", "seq_length", "most_steps", "width", "tensor", "data", "pipeline"),
+    *("micro_batch", "in_flight"),
+)
+
+
+@dataclass
+class PlanOptions:
+    """Options of `tools/memory_plan.py`."""
+
+    text: list[str] = field(default_factory=lambda: ["stdlib"])
+    """Files or folders that tools/prepare_data.py reads; `stdlib`; or one folder that it wrote, whose training
+    split is read as it was tokenised."""
+    tokenizer: str | None = None
+    """A tokenizer.json or a Llama-3 tokenizer.model; null takes the one in the installed package
+    llama_models."""
+    suffixes: list[str] = field(default_factory=list)
+    """Further file suffixes read as plain text, e.g. [.py,.rst]."""
+    text_key: str = "text"
+    """Key of a JSON line, or column of a parquet file, that holds the text."""
+    max_document_bytes: int = MAX_DOCUMENT_BYTES
+    """Most bytes of one document, decompressed; a longer one is refused."""
+    max_tokens: int = 4_000_000
+    """Text is tokenised up to there."""
+    tokens: list[int] = field(default_factory=lambda: [2048, 8192, 32768, 65536])
+    """Tokens a data-parallel rank reads in an optimizer step, all its micro-batches together."""
+    seq_length: int = 2048
+    order: str = "shuffled"
+    """How sequences make a step: shuffled, as the training loader deals them, or contiguous."""
+    most_steps: int = 32
+    """Most steps measured for each number of tokens; they share no text."""
+    blocks: list[int] = field(default_factory=lambda: [8, 24])
+    """Values of K."""
+    width: int = 2048
+    vocab: int | None = None
+    """Rows of a table; null means the tokenizer's vocabulary."""
+    tensor: int = 1
+    data: int = 32
+    """Data-parallel ranks; at 32, ranks of 32,768 tokens make the 1B runs' steps of 1,048,576."""
+    pipeline: int = 1
+    sequence_parallel: bool = False
+    gigabits: float = 400.0
+    """Rate of a rank's link in 10^9 bit/s, each way; what leaves a replica is timed at it."""
+    micro_batch: int = 8
+    """Sequences of a microbatch, for the memory of the plain approach."""
+    in_flight: int = 1
+    """Microbatches whose M the plain approach holds at a time: up to `pipeline` under 1F1B."""
+    memory_tokens: int = 32768
+    """Tokens of the step whose rows the table of memory counts; one of `tokens`."""
+    out: str | None = None
+    """JSON file to write with all the figures, bytes by kind too."""
+
+
+def validate_plan_options(options: PlanOptions) -> None:
+    """Check each option, and those that depend on each other.
+
+    Raises:
+        ConfigError: naming the option, its value and a valid one.
+    """
+    for name in _AT_LEAST_ONE:
+        if getattr(options, name) < 1:
+            refuse(name, getattr(options, name), "is too small", "give at least 1")
+    if options.gigabits <= 0:
+        refuse("gigabits", options.gigabits, "is no rate", "give a positive number, e.g. 400")
+    if options.order not in ORDERS:
+        refuse("order", options.order, "is unknown", f"use {' or '.join(ORDERS)}")
+    for name in ("tokens", "blocks"):
+        if min(getattr(options, name), default=0) < 1:
+            refuse(name, getattr(options, name), "leaves nothing to plan", "list numbers of at least 1")
+    for tokens in options.tokens:
+        if tokens % options.seq_length:
+            multiple = f"give multiples of seq_length={options.seq_length}"
+            refuse("tokens", tokens, "is no whole number of sequences", multiple)
+    if options.memory_tokens not in options.tokens:
+        one_of = ", ".join(map(str, options.tokens))
+        refuse("memory_tokens", options.memory_tokens, "is not among tokens", f"use one of {one_of}")
+    if options.out is not None and not Path(options.out).absolute().parent.is_dir():
+        refuse("out", options.out, "lies in a folder that does not exist", "make the folder first")

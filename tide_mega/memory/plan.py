@@ -1,7 +1,7 @@
-"""Which table rows a step needs.
+"""Plans which table rows a step needs.
 
-Shapes: M microbatches of the step, B sequences, T tokens, N tokens of all microbatches, U distinct token types
-among them, G owners.
+Dimensions: M micro-batches of the step, B sequences, T tokens, N tokens of all micro-batches, U distinct token
+types among them, G owners.
 """
 
 from dataclasses import dataclass
@@ -9,33 +9,33 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tide_mega.memory.route import Asked, Owners
+from tide_mega.memory.exchange import Asked, Owners
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """The distinct token types of a step and where each token finds its row among them."""
+    """The distinct token types of a step, and for each token the position of its row among them."""
 
     ids_U: Tensor
     """Distinct ids, ascending, int64."""
     index_MBT: list[Tensor]
-    """For each microbatch the row in `ids_U` of every token, int64."""
+    """For each micro-batch the position in `ids_U` of every token, int64."""
     asked: Asked | None = None
-    """Rows that go between this process and each owner, where owners were given."""
+    """Row counts between this process and each owner, if owners were given."""
 
 
 def plan_rows(
     tokens_MBT: list[Tensor], vocab_size: int | None = None, owners: Owners | None = None
 ) -> MemoryPlan:
-    """Plan the rows of all microbatches of a step together, so that each type is fetched once.
+    """Plan the rows of all micro-batches of a step together, so that each type is fetched once.
 
-    The host reads everything it must know of the ids in one copy: how many types there are, their span, and how
-    many rows each owner is asked for. Nothing else in a step's exchange waits for the device.
+    The host learns all it needs in one copy from the device: the number of types, the range of their ids, and the
+    rows asked of each owner. Nothing else in a step's exchange synchronises with the device.
 
     Args:
-        tokens_MBT: ids of each microbatch.
-        vocab_size: rows of the tables; None leaves the ids unchecked.
-        owners: who owns the rows, on processes that fetch from them; then collective over the owners.
+        tokens_MBT: ids of each micro-batch.
+        vocab_size: rows of the tables; None skips the check of the ids.
+        owners: the owners of the rows, on processes that fetch from them; the call is then collective over them.
 
     Raises:
         IndexError: an id is outside the tables.
@@ -47,9 +47,11 @@ def plan_rows(
     place_N = is_new_N.cumsum(0) - 1
     index_N = torch.empty_like(place_N)
     index_N[order_N] = place_N
-    distinct_N = torch.zeros_like(ascending_N).scatter_(0, place_N, ascending_N)  # equal ids write the same
+    distinct_N = torch.zeros_like(ascending_N).scatter_(
+        0, place_N, ascending_N
+    )  # equal ids write the same value
     count_1 = is_new_N.sum(0, keepdim=True)
-    # Without a token there is no span; 0 is in every table.
+    # Without tokens there is no range of ids; 0 is in every table.
     span = [ascending_N[:1], ascending_N[-1:]] if flat_N.numel() else [torch.zeros_like(count_1)] * 2
     known = [count_1, *span]
     if owners is not None:
@@ -66,10 +68,10 @@ def plan_rows(
 
 
 def check_ids(lowest: int, highest: int, vocab_size: int) -> None:
-    """Refuse ids that the tables do not have.
+    """Check that the tables have rows for these ids.
 
     Raises:
-        IndexError: naming the span of the ids and the rows of the tables.
+        IndexError: naming the range of the ids and the rows of the tables.
     """
     if lowest < 0 or highest >= vocab_size:
         raise IndexError(

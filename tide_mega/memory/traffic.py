@@ -1,21 +1,79 @@
-"""Bytes the memory moves in an optimizer step, and bytes it occupies: formulas, nothing measured.
+"""Bytes that the memory moves in an optimizer step and bytes it occupies: a meter for running code, and formulas.
 
-Symbols: V rows of a table, K blocks, d width, U distinct token types a replica meets in a step, N tokens of a
-microbatch; t tensor-parallel, D data-parallel, p pipeline size; n = t D owners. R = U K d, the elements of
-the rows fetched; P = V K d, those of all tables.
+One convention for all: bytes of one rank in one optimizer step, sent and received counted separately, each byte
+once where it leaves and once where it arrives. A ring over m ranks sends (and receives) (m - 1) / m of a tensor
+for a reduce-scatter or an all-gather and twice that for an all-reduce; a broadcast leaves its root once.
+`TrafficMeter` counts this way in a run, and the formulas compute the same without measuring.
 
-One convention for everything: bytes of one rank in one optimizer step, sent and received counted apart, each
-byte once where it leaves and once where it arrives. A ring over m ranks sends and receives (m - 1) / m of a
-tensor for a reduce-scatter or an all-gather and twice that for a sum; a broadcast leaves its root once: as
-`tide_mega.memory.meter` counts them in a run.
+Symbols of the formulas: V rows of a table, K blocks, d width, U distinct token types that a replica meets in a
+step, N tokens of a micro-batch; t tensor-parallel, D data-parallel, p pipeline size; n = t D owners. R = U K d,
+the elements of the rows fetched; P = V K d, those of all tables.
 """
 
-from collections.abc import Set
+from collections.abc import Iterator, Set
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+class TrafficMeter:
+    """Bytes that this process sent and received since the last reading, by kind.
+
+    Collectives count what their algorithm must move: a ring over n members sends (and receives) 2 (n - 1) / n of a
+    tensor for an all-reduce, (n - 1) / n for an all-gather; a broadcast sends it once from the root.
+    """
+
+    def __init__(self) -> None:
+        self._sent: dict[str, int] = {}
+        self._received: dict[str, int] = {}
+
+    def add(self, kind: str, sent: float, received: float) -> None:
+        """Add bytes of a kind."""
+        self._sent[kind] = self._sent.get(kind, 0) + round(sent)
+        self._received[kind] = self._received.get(kind, 0) + round(received)
+
+    def add_sum(self, kind: str, tensor: Tensor, members: int) -> None:
+        """Count an all-reduce of `tensor` over `members` processes."""
+        moved = 2 * size(tensor) * (members - 1) / members
+        self.add(kind, moved, moved)
+
+    def add_gather(self, kind: str, whole: Tensor, members: int) -> None:
+        """Count an all-gather of `whole` from equal parts."""
+        moved = size(whole) * (members - 1) / members
+        self.add(kind, moved, moved)
+
+    def add_broadcast(self, kind: str, tensor: Tensor, members: int, *, is_root: bool) -> None:
+        """Count a broadcast of `tensor` from one of `members` processes."""
+        if members > 1:
+            self.add(kind, size(tensor) if is_root else 0, 0 if is_root else size(tensor))
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Do not count what moves within the block."""
+        sent, received = self._sent.copy(), self._received.copy()
+        try:
+            yield
+        finally:
+            self._sent, self._received = sent, received
+
+    def read(self) -> dict[str, dict[str, int]]:
+        """Return {kind: {"sent", "received"}} and reset the counts."""
+        kinds = sorted(self._sent)
+        reading = {k: {"sent": self._sent[k], "received": self._received[k]} for k in kinds}
+        self._sent.clear()
+        self._received.clear()
+        return reading
+
+
+def size(tensor: Tensor) -> int:
+    """Return the bytes of a tensor."""
+    return tensor.numel() * tensor.element_size()
+
 
 GIGA = 10**9
 IN_REPLICA = frozenset({"tensor rows", "sequence sum", "stage rows", "stage sum"})
-"""Kinds that stay among the tensor ranks or the stages of one replica."""
+"""Kinds of traffic within one replica, among its tensor ranks or stages."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +95,7 @@ class Tables:
 
 @dataclass(frozen=True)
 class Layout:
-    """How many ranks share the tables, and how."""
+    """The parallel sizes over which the tables are spread."""
 
     tensor: int = 1
     data: int = 1
@@ -51,18 +109,18 @@ class Layout:
 
     @property
     def owners(self) -> int:
-        """n = t D: ranks among which rows are divided when each has one owner."""
+        """n = t D: ranks over which rows are divided if each has one owner."""
         return self.tensor * self.data
 
 
 @dataclass(frozen=True)
 class Widths:
-    """Bytes of an element, of what is moved and of what is kept."""
+    """Bytes per element, of what is moved and of what is kept."""
 
     row: int = 2
     """Weights, fetched rows and normalised rows."""
     gradient: int = 2
-    """Gradients on their way to owners, or through the data-parallel reduction."""
+    """Gradients sent to owners, or through the data-parallel reduction."""
     partial: int = 4
     """Gradients of rows while layers, stages and parts of a sequence add to them."""
     read: int = 4
@@ -70,7 +128,7 @@ class Widths:
     id: int = 8
     """A token id in a request."""
     state: int = 4
-    """Master weights, each of Adam's two moments, and gradients an owner adds up."""
+    """Master weights, each of Adam's two moments, and the gradients that an owner accumulates."""
 
 
 @dataclass(frozen=True)
@@ -82,20 +140,20 @@ class Traffic:
 
     @property
     def total_sent(self) -> float:
-        """Bytes that leave the rank."""
+        """Bytes sent by the rank."""
         return sum(self.sent.values())
 
     @property
     def total_received(self) -> float:
-        """Bytes that reach the rank."""
+        """Bytes received by the rank."""
         return sum(self.received.values())
 
     def inside(self) -> "Traffic":
-        """The part within a replica."""
+        """Return the traffic within a replica."""
         return self._only(IN_REPLICA & (self.sent.keys() | self.received.keys()))
 
     def between(self) -> "Traffic":
-        """The part among all owners, or all replicas."""
+        """Return the traffic among all owners or all replicas."""
         return self._only((self.sent.keys() | self.received.keys()) - IN_REPLICA)
 
     def _only(self, kinds: Set[str]) -> "Traffic":
@@ -103,28 +161,28 @@ class Traffic:
 
     @property
     def each_way(self) -> float:
-        """Mean of the bytes sent and received."""
+        """Return the mean of bytes sent and received."""
         return (self.total_sent + self.total_received) / 2
 
     @property
     def waited_for(self) -> float:
-        """Bytes a full-duplex link has to wait for: kinds follow one another, each in its busier direction."""
+        """Return the bytes that a full-duplex link waits for: kinds in turn, each in its busier direction."""
         kinds = dict.fromkeys([*self.sent, *self.received])
         return sum(max(self.sent.get(kind, 0.0), self.received.get(kind, 0.0)) for kind in kinds)
 
     def seconds(self, gigabits: float) -> float:
-        """Time on a link of `gigabits` 10^9 bit/s each way, at full rate, without latency or overlap."""
+        """Return the seconds on a link of `gigabits` 10^9 bit/s each way, at full rate, no latency, no overlap."""
         if gigabits <= 0:
             raise ValueError(f"gigabits={gigabits} must be positive")
         return self.waited_for * 8 / (gigabits * GIGA)
 
 
 def dense_sync(tables: Tables, layout: Layout, widths: Widths | None = None) -> Traffic:
-    """Data-parallel synchronisation of tables replicated over D, sharded over t (ZeRO-1's pattern).
+    """Return the traffic of data-parallel synchronisation of tables replicated over D and sharded over t (ZeRO-1).
 
     Reduce-scatter of the gradient and all-gather of the weights, each direction:
-    (D - 1) / D x P / t x (gradient bytes + row bytes). Independent of the tokens. What tensor parallelism
-    moves to look rows up is left out, in this approach's favour.
+    (D - 1) / D x P / t x (gradient bytes + row bytes). Independent of the tokens. The traffic of tensor-parallel
+    lookups is left out, in favour of this approach.
     """
     widths = widths or Widths()
     elements = _away(layout.data) * tables.vocab * tables.row / layout.tensor
@@ -135,9 +193,9 @@ def dense_sync(tables: Tables, layout: Layout, widths: Widths | None = None) -> 
 def exchange(
     tables: Tables, layout: Layout, distinct: float, widths: Widths | None = None, *, skew: float = 1.0
 ) -> Traffic:
-    """The exchange once a step with rows owned by one rank each; a rank of the first pipeline stage.
+    """Return the traffic of one exchange per step with rows owned by one rank each; for a rank of the first stage.
 
-    With s = skew x (n - 1) / n, where (n - 1) / n of the rows asked for are not at home:
+    With s = skew x (n - 1) / n, where (n - 1) / n of the rows asked for are on other ranks:
 
     - ids: a replica's U ids are asked for in t parts, U / t x (n - 1) / n x id bytes
     - rows: a rank receives U / t x (n - 1) / n rows of K d x row bytes, and as owner sends s U / t of them
@@ -148,8 +206,8 @@ def exchange(
     - stage rows: one broadcast over the pipeline, which the first stage sends, R x row bytes
     - stage sum: the stages' gradients, 2 (p - 1) / p x R x partial bytes
 
-    Other stages have the last two alone, the broadcast received. Left out, as less than a thousandth: the
-    numbers of rows asked of each owner, and the token ids of microbatches.
+    Other stages have only the last two, and receive the broadcast. Left out, as less than a thousandth: the row
+    counts sent to each owner, and the token ids of micro-batches.
 
     Args:
         tables: V, K, d.
@@ -191,14 +249,14 @@ def plain_memory(
     *,
     in_flight: int = 1,
 ) -> dict[str, float]:
-    """Bytes a rank holds by kind: tables replicated over D (ZeRO-1), M of each token materialised.
+    """Return the bytes that a rank holds, by kind: tables replicated over D (ZeRO-1), M materialised per token.
 
     - weights P / t x row bytes, gradients P / t x gradient bytes
     - master weights and two moments, sharded over D: 3 P / (t D) x state bytes
-    - M [N, K, d] and its gradient, N K d x (row + gradient bytes); M once for each microbatch in flight
+    - M [N, K, d] and its gradient, N K d x (row + gradient bytes); M once for each micro-batch in flight
 
-    Left out, in its favour: M before its norm, temporaries of each layer, a second dense gradient while
-    one is added to the other.
+    Left out, in favour of this approach: M before its norm, temporaries of each layer, and a second dense gradient
+    during accumulation.
     """
     widths = widths or Widths()
     held = tables.vocab * tables.row / layout.tensor
@@ -215,7 +273,7 @@ def plain_memory(
 def owner_memory(
     tables: Tables, layout: Layout, distinct: float, widths: Widths | None = None
 ) -> dict[str, float]:
-    """Bytes a rank holds by kind: rows owned by one rank each, the step's distinct rows fetched.
+    """Return the bytes that a rank holds, by kind: rows owned by one rank each, the step's distinct rows fetched.
 
     - own rows ceil(V / n) K d x state bytes for the weights (rounded to 16 bits as they are served), as many
       for their gradients, twice as many for Adam's moments
@@ -223,8 +281,8 @@ def owner_memory(
       them, R x read bytes
     - gradient of rows: R x partial bytes, and on its way through the norm to the owners 2 R x gradient bytes
 
-    A rank of the first stage, where the owners are; other stages hold the last two alone. Left out, as the
-    buffers of the dense reduction are in `plain_memory`: what is being sent to, and received from, others.
+    For a rank of the first stage, where the owners are; other stages hold only the last two. Left out, like the
+    buffers of the dense reduction in `plain_memory`: send and receive buffers.
     """
     widths = widths or Widths()
     _check_distinct(tables, distinct)
@@ -240,7 +298,7 @@ def owner_memory(
 
 
 def _away(ranks: int) -> float:
-    """Share of what is spread evenly over `ranks` that is not at home."""
+    """Return the share of evenly spread data that lies on other ranks."""
     return (ranks - 1) / ranks
 
 

@@ -1,1 +1,1 @@
-"""What is measured of a run: sums over tokens by decile and layer, records, and the file they go to."""
+"""What is measured of a run: sums over tokens by decile and layer, records of them, and the file they go to."""

@@ -1,32 +1,92 @@
-"""Loss per frequency decile, and the routers' null weight per layer and decile.
+"""Sums by frequency decile: losses, and the null-bank weight of the routers by layer and decile of the token.
 
-Each accumulator lives on the device of `bin_of_type`; `update` never waits for that device. `reduce`
-returns plain Python numbers, summed over data-parallel ranks; `reset` starts the next window.
+A token falls into one of twelve slots: the ten frequency deciles, and two kinds that belong to none. Each
+accumulator lives on the device of `bin_of_type`, and `update` never waits for that device. `reduce` returns
+plain Python numbers summed over data-parallel ranks; `reset` starts the next window.
 
-Dimensions: B sequences, T tokens of a sequence, N = B * T, V vocabulary, L layers, S slots.
+`ExactDecileLoss` sums so that the result has the same bits in any order of addition: over steps, ranks, and any
+stop in between.
+
+Dimensions: B sequences, T tokens of a sequence, N = B * T tokens, V vocabulary, L layers, S slots.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tide_mega.data.frequency import BIN_GROUPS
-from tide_mega.metrics.slots import SLOTS, SlotIndex
-from tide_mega.metrics.sums import AllReduce, SumAndCount
+from tide_mega.data.frequency import BIN_GROUPS, DROPPED, NUM_BINS, UNSEEN
+
+SLOTS = (*(str(b) for b in range(NUM_BINS)), "dropped", "unseen")
+"""Slot names: deciles from rarest to most common; dropped (special, blank, punctuation); unseen in training."""
+
+
+class SlotIndex:
+    """Maps token ids to slots; lives on the device of its lookup table."""
+
+    def __init__(self, bin_of_type: Tensor) -> None:
+        """Take `bin_of_type` [V]: 0..9, `DROPPED` or `UNSEEN`; anything else raises ValueError."""
+        allowed = torch.tensor([*range(NUM_BINS), DROPPED, UNSEEN], device=bin_of_type.device)
+        wrong_V = ~torch.isin(bin_of_type.to(torch.int64), allowed)
+        if wrong_V.any():
+            token = int(wrong_V.nonzero()[0])
+            raise ValueError(
+                f"bin_of_type[{token}] is {int(bin_of_type[token])}; it must be a decile 0..{NUM_BINS - 1}, "
+                f"{DROPPED} (dropped) or {UNSEEN} (unseen)"
+            )
+        slot_V = bin_of_type.to(torch.int64)
+        slot_V = torch.where(bin_of_type == DROPPED, SLOTS.index("dropped"), slot_V)
+        self._slot_V = torch.where(bin_of_type == UNSEEN, SLOTS.index("unseen"), slot_V)
+        self._slots_S = torch.arange(len(SLOTS), device=bin_of_type.device)
+
+    def one_hot(self, tokens_N: Tensor) -> Tensor:
+        """Return bool [N, S] for ids [N] below V; the row of a negative id (padding) is all false."""
+        slot_N = self._slot_V[tokens_N.clamp(min=0)]
+        return (slot_N[:, None] == self._slots_S) & (tokens_N >= 0)[:, None]
+
+    def slots(self, tokens_N: Tensor) -> Tensor:
+        """Return the slots [N] of ids [N] below V, int64; S for a negative id (padding)."""
+        return torch.where(tokens_N >= 0, self._slot_V[tokens_N.clamp(min=0)], len(SLOTS))
+
+
+AllReduce = Callable[[Tensor], object]
+"""Sums a tensor in place over the data-parallel ranks; its return value is ignored."""
+
+
+class SumAndCount:
+    """A float64 sum and an int64 count on one device, updated without waiting for it."""
+
+    def __init__(
+        self, sum_shape: tuple[int, ...], count_shape: tuple[int, ...], device: torch.device
+    ) -> None:
+        self.sum = torch.zeros(sum_shape, dtype=torch.float64, device=device)
+        self.count = torch.zeros(count_shape, dtype=torch.int64, device=device)
+
+    def reset(self) -> None:
+        """Reset to zero."""
+        self.sum.zero_()
+        self.count.zero_()
+
+    def reduced(self, all_reduce: AllReduce) -> tuple[Tensor, Tensor]:
+        """Return sum and count over all ranks, on the CPU; the local values are unchanged."""
+        total, count = self.sum.clone(), self.count.clone()
+        all_reduce(total)
+        all_reduce(count)
+        return total.cpu(), count.cpu()
+
 
 BySlot = dict[str, float | None]
-"""A mean for each name in `SLOTS`, None where there was no token."""
+"""A mean for each name in `SLOTS`; None if there was no token."""
 
 
 @dataclass(frozen=True)
 class DecileResult:
-    """Mean cross entropy of target tokens in nats; None where there was no token."""
+    """Mean cross entropy of target tokens in nats; None if there was no token."""
 
     loss: float | None
-    """Over all tokens, those of no decile included."""
+    """Over all tokens, including those of no decile."""
     tokens: int
     loss_by_bin: BySlot
     count_by_bin: dict[str, int]
@@ -38,7 +98,7 @@ class DecileResult:
     """Mean over the tokens of bins 7-9."""
 
     def means(self) -> dict[str, Any]:
-        """Return what records keep of it, by their fields' names."""
+        """Return the fields that records keep, by name."""
         names = ("loss", "rare", "mid", "common", "loss_by_bin", "count_by_bin")
         return {name: getattr(self, name) for name in names}
 
@@ -53,17 +113,17 @@ class DecileLoss(SumAndCount):
 
     @torch.no_grad()
     def update(self, loss_BT: Tensor, labels_BT: Tensor) -> None:
-        """Add the cross entropy of each target id, in nats; negative labels are padding, left out.
+        """Add the cross entropy of each target id, in nats; negative labels are padding and left out.
 
         Deterministic on every device: a masked sum, no float atomics.
 
         Raises:
-            ValueError: if the shapes differ.
+            ValueError: the shapes differ.
         """
         _same_shape("loss_BT", loss_BT, "labels_BT", labels_BT)
         hot_NS = self._index.one_hot(labels_BT.reshape(-1))
         loss_N = loss_BT.reshape(-1).to(torch.float64)
-        # `where`, not a product: a non-finite loss stays in its slot, and one under padding in none.
+        # `where` and not a product, so that a non-finite loss affects its own slot only, and none under padding.
         self.sum += torch.where(hot_NS, loss_N[:, None], 0.0).sum(0)
         self.count += hot_NS.sum(0)
 
@@ -83,12 +143,12 @@ class DecileLoss(SumAndCount):
 
 @dataclass(frozen=True)
 class NullWeightResult:
-    """Mean router weight of the null bank, 0 to 1; every field is empty for a model without memory."""
+    """Mean router weight of the null bank, 0 to 1; all fields are empty for a model without memory."""
 
     by_layer: list[float | None]
     """[L], over all tokens."""
     by_layer_and_bin: list[BySlot]
-    """[L], by the slot of the input token."""
+    """[L], each by the slot of the input token."""
     mean_by_bin: BySlot
     """Mean over the layers."""
     last_by_bin: BySlot
@@ -96,7 +156,7 @@ class NullWeightResult:
 
 
 class NullWeight(SumAndCount):
-    """Null weight of every router, summed per slot of the *input* token, whose rows it weighs."""
+    """Null-bank weight of every router, summed by slot of the *input* token, whose rows it weights."""
 
     def __init__(self, num_layers: int, bin_of_type: Tensor) -> None:
         """Take L (0 for a model without memory) and the decile lookup [V] (see `SlotIndex`)."""
@@ -111,7 +171,7 @@ class NullWeight(SumAndCount):
         Does nothing for a model without memory, where `null_LBT` is None.
 
         Raises:
-            ValueError: if the shapes do not belong together.
+            ValueError: the shapes do not match.
         """
         if self._num_layers == 0:
             return
@@ -125,7 +185,7 @@ class NullWeight(SumAndCount):
             tokens_N = torch.where(labels_BT.reshape(-1) >= 0, tokens_N, -1)
         null_LN = null_LBT.reshape(self._num_layers, -1).to(torch.float64)
         hot_NS = self._index.one_hot(tokens_N)
-        # `where` as in DecileLoss, one slot at a time: [L, N, S] would be large.
+        # `where` as in DecileLoss, but one slot at a time: [L, N, S] would be large.
         self.sum += torch.stack([torch.where(hot_N, null_LN, 0.0).sum(1) for hot_N in hot_NS.T], dim=1)
         self.count += hot_NS.sum(0)
 
@@ -156,3 +216,35 @@ def _mean_by_slot(sum_S: Tensor, count_S: Tensor) -> BySlot:
 def _same_shape(name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
     if a.shape != b.shape:
         raise ValueError(f"{name_a} has shape {tuple(a.shape)} but {name_b} has {tuple(b.shape)}")
+
+
+GRAIN = 2.0**22
+"""Losses are rounded to multiples of 1 / GRAIN nats, finer than fp32 from 2 nats on. fp64 adds these without
+rounding up to 2^31 nats in a slot, so neither the order of addition nor a GPU's atomics matter."""
+
+
+class ExactDecileLoss(DecileLoss):
+    """Like `DecileLoss`, for the many tokens of training: cheaper, and exact where that one is only accurate."""
+
+    def __init__(self, bin_of_type: Tensor) -> None:
+        """Take the decile lookup [V] (see `SlotIndex`)."""
+        super().__init__(bin_of_type)
+        self._slots = SlotIndex(bin_of_type)
+        self._one = torch.ones(1, dtype=torch.int64, device=bin_of_type.device)
+
+    @torch.no_grad()
+    def update(self, loss_BT: Tensor, labels_BT: Tensor) -> None:
+        """Add the cross entropy of each target id, in nats and finite; negative labels are left out.
+
+        Raises:
+            ValueError: the shapes differ.
+        """
+        if loss_BT.shape != labels_BT.shape:
+            raise ValueError(
+                f"loss_BT has shape {tuple(loss_BT.shape)} but labels_BT has {tuple(labels_BT.shape)}"
+            )
+        slot_N = self._slots.slots(labels_BT.reshape(-1))
+        grains_N = (loss_BT.reshape(-1).double() * GRAIN).round_().div_(GRAIN)
+        for total_S, values_N in ((self.sum, grains_N), (self.count, self._one.expand_as(slot_N))):
+            with_padding = total_S.new_zeros(len(SLOTS) + 1).index_add_(0, slot_N, values_N)
+            total_S += with_padding[:-1]

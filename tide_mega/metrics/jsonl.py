@@ -1,12 +1,9 @@
-"""metrics.jsonl of a run folder: one JSON object a line, `{"step": …, "kind": …, …}`.
+"""metrics.jsonl of a run folder: one JSON object per line, `{"step": …, "kind": …, …}`.
 
-Kinds are train, eval and event (`tide_mega.metrics.records`), live and weights (`tide_mega.metrics.live_records`).
-
-Floats keep full precision. A number that JSON does not have (a diverged loss) is written as the string
-"NaN", "Infinity" or "-Infinity", and read back as the float.
-
-A line that is no record costs nobody more than this line: readers leave it out and name it, and a run that goes
-on moves it to metrics.jsonl.damaged.
+Kinds are train, eval, event, live and weights (`tide_mega.metrics.records`). Floats keep full precision. A
+number that JSON cannot represent (a diverged loss) is written as the string "NaN", "Infinity" or "-Infinity",
+and read back as the float. A line that is not a valid record affects nothing else: readers leave it out and name
+it, and a run that continues the file moves it to metrics.jsonl.damaged.
 """
 
 import json
@@ -17,10 +14,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tide_mega.config.stored import parse_json
-from tide_mega.data.atomic import write_bytes
-from tide_mega.metrics.live_records import LiveRecord, WeightsRecord
-from tide_mega.metrics.records import EvalRecord, EventRecord, TrainRecord
+from tide_mega.files import parse_json, write_bytes
+from tide_mega.metrics.records import EvalRecord, EventRecord, LiveRecord, TrainRecord, WeightsRecord
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +24,7 @@ _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 class JsonlLogger:
-    """Appends records, each on disk as soon as it is logged; where the disk refuses, as soon as it takes them."""
+    """Appends records, each on disk as soon as it is logged, or once a failing disk accepts writes again."""
 
     def __init__(
         self,
@@ -39,11 +34,12 @@ class JsonlLogger:
         *,
         evaluates_again: bool = False,
     ) -> None:
-        """Continue the file of a run resumed at `resume_step` steps done, or (None) start it anew.
+        """Continue the file of a run resumed after `resume_step` steps, or (None) start it anew.
 
-        `resume_tokens` are the training tokens consumed then: events after them come again. (By its steps alone a
-        rollback would stand before the checkpoint it went back to.) `evaluates_again`: the evaluation of that step
-        was due when the checkpoint was made, so what an earlier start logged of it comes again too.
+        `resume_tokens` are the training tokens consumed at that point: later events will be logged again.
+        (Judged by steps alone, a rollback would precede the checkpoint that it went back to.) `evaluates_again`:
+        the evaluation of that step was still due when the checkpoint was made, so records of it from an earlier
+        start are repeated too.
         """
         step = -1 if resume_step is None else resume_step
         dropped = truncate_after(path, step, resume_tokens, evaluates_again=evaluates_again)
@@ -76,9 +72,9 @@ class JsonlLogger:
         self._write("event", record)
 
     def rewind(self, step: int) -> None:
-        """Drop the lines of steps after `step`, which come again; events stay, the data goes on."""
+        """Drop the lines of steps after `step`, which will be logged again; events stay, as the data goes on."""
         try:
-            truncate_after(self._path, step)  # makes another file, where it drops something
+            truncate_after(self._path, step)  # replaces the file if it drops anything
             self._file.close()
             self._file = self._path.open("ab", buffering=0)
         except OSError as error:
@@ -102,7 +98,7 @@ class JsonlLogger:
         self._flush()
 
     def _flush(self) -> None:
-        """Write what is pending; a log that cannot be written stops no training."""
+        """Write what is pending; a failure to write never stops training."""
         try:
             while self._pending:
                 del self._pending[: os.write(self._file.fileno(), self._pending)]
@@ -121,8 +117,9 @@ class JsonlLogger:
 def truncate_after(path: Path, step: int, tokens: float = math.inf, *, evaluates_again: bool = False) -> int:
     """Drop the lines of steps after `step`, events after `tokens`, and a last line torn by a kill; -1 drops all.
 
-    `evaluates_again` drops what evaluations at `step` itself logged. What stays, stays byte for byte; the file is
-    replaced atomically, so a kill here loses nothing. Damaged lines before the last go to `path`.damaged.
+    `evaluates_again` also drops what evaluations at `step` itself logged. Other lines stay byte for byte; the
+    file is replaced atomically, so a kill here loses nothing. Damaged lines before the last are moved to
+    `path`.damaged.
 
     Returns:
         The number of lines dropped.
@@ -152,12 +149,12 @@ def _is_before(record: dict[str, Any], step: int, tokens: float) -> bool:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Every record in order, as `{"step", "kind", …}`.
+    """Return every record in order, as `{"step", "kind", …}`.
 
-    A last line torn by a kill is left out; so is a damaged line before it, and the log names it.
+    A last line torn by a kill is left out; so are damaged lines before it, which the log names.
 
     Raises:
-        FileNotFoundError: if there is no such file.
+        FileNotFoundError: there is no such file.
     """
     records, damaged = _parsed(path.read_bytes().splitlines(keepends=True))
     if damaged:
@@ -166,7 +163,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _parsed(lines: list[bytes]) -> tuple[list[tuple[bytes, dict[str, Any]]], dict[int, str]]:
-    """Return whole lines with their records, and what is wrong with the others by number, from 1."""
+    """Return the valid lines with their records, and what is wrong with the others, by line number from 1."""
     records: list[tuple[bytes, dict[str, Any]]] = []
     damaged: dict[int, str] = {}
     for number, raw in enumerate(lines, start=1):
@@ -181,7 +178,7 @@ def _parsed(lines: list[bytes]) -> tuple[list[tuple[bytes, dict[str, Any]]], dic
             damaged[number] = "is an event without tokens"
         else:
             records.append((raw, record))
-    if lines and not lines[-1].endswith(b"\n"):  # torn, also where what is there happens to be whole
+    if lines and not lines[-1].endswith(b"\n"):  # torn, even if what is there happens to be valid
         damaged.pop(len(lines), None)
         records = [(raw, record) for raw, record in records if raw is not lines[-1]]
     elif damaged.get(len(lines), "").startswith("is not JSON"):

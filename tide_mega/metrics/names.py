@@ -1,15 +1,14 @@
-"""The names under which records go to Weights & Biases, and their values."""
+"""Maps records to the names and values that go to Weights & Biases."""
 
 import math
 from typing import Any
 
 from tide_mega.metrics.deciles import BySlot
-from tide_mega.metrics.live_records import LiveRecord, WeightsRecord
-from tide_mega.metrics.records import EvalRecord, EventRecord, TrainRecord
+from tide_mega.metrics.records import EvalRecord, EventRecord, LiveRecord, TrainRecord, WeightsRecord
 
 
 def train_metrics(record: TrainRecord) -> dict[str, float]:
-    """The W&B names and values of a training record; what is None is left out."""
+    """Return the W&B names and values of a training record; None values are left out."""
     named = {
         "step": record.step,
         "tokens": record.tokens,
@@ -39,7 +38,7 @@ def train_metrics(record: TrainRecord) -> dict[str, float]:
 
 
 def eval_metrics(record: EvalRecord) -> dict[str, float]:
-    """The W&B names and values of an evaluation; what is None is left out."""
+    """Return the W&B names and values of an evaluation; None values are left out."""
     named = {
         "step": record.step,
         "tokens": record.tokens,
@@ -60,7 +59,7 @@ def eval_metrics(record: EvalRecord) -> dict[str, float]:
 
 
 def live_metrics(record: LiveRecord) -> dict[str, float]:
-    """The W&B names and values of a live record; what is None is left out."""
+    """Return the W&B names and values of a live record; None values are left out."""
     named = {
         **{f"train_loss_by_decile/{slot}": loss for slot, loss in record.loss_by_bin.items()},
         "train_loss/rare": record.rare,
@@ -73,7 +72,7 @@ def live_metrics(record: LiveRecord) -> dict[str, float]:
 
 
 def weights_metrics(record: WeightsRecord) -> dict[str, float]:
-    """The W&B names and values of a record of the weights; what is None is left out."""
+    """Return the W&B names and values of a record of the weights; None values are left out."""
     named = {
         **{f"embedding_norm_by_decile/{slot}": norm for slot, norm in record.embedding_norm_by_bin.items()},
         **{f"table_norm_by_decile/{slot}": norm for slot, norm in record.table_norm_by_bin.items()},
@@ -88,7 +87,7 @@ def weights_metrics(record: WeightsRecord) -> dict[str, float]:
 
 
 def event_metrics(record: EventRecord) -> dict[str, float]:
-    """The W&B names and values of an event; what is None, or no number, is left out."""
+    """Return the W&B names and values of an event; values that are None or not numbers are left out."""
     named = {
         "step": record.step,
         "tokens": record.tokens,

@@ -1,1 +1,1 @@
-"""The model: the plain-torch oracle, and TIDE built from megatron-core's parallel layers."""
+"""The model: a plain-torch oracle, and TIDE built from megatron-core's parallel layers."""

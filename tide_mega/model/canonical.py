@@ -1,9 +1,9 @@
-"""Canonical tensors: one name and shape for every weight, and which boxes of them a process holds.
+"""Canonical tensors: one name and shape for every weight, and the boxes of them that a process holds.
 
-The names and shapes are those of `tide_mega.model.reference`, whatever the topology. Initialising, comparing,
-saving and loading all go through this one mapping.
+Names and shapes are those of `tide_mega.model.reference`, whatever the topology. Initialising, comparing, saving
+and loading all use this one mapping.
 
-Shapes: V vocabulary, D hidden size, F feed-forward size, K blocks, C head size, Q query width of a group.
+Dimensions: V vocabulary, D hidden size, F feed-forward size, K blocks, C head size, Q query width of a group.
 """
 
 from collections.abc import Iterator
@@ -20,49 +20,49 @@ TABLES, GAINS = "memory.tables", "memory.gains"
 
 @dataclass(frozen=True)
 class Shard:
-    """Where a process is within the groups that split a tensor."""
+    """Position of a process in the group that splits a tensor."""
 
     rank: int
     size: int
 
     def slice(self, total: int) -> tuple[int, int]:
-        """Return this process's rows (or columns) of `total`."""
+        """Return this process's range of `total` rows (or columns)."""
         each = total // self.size
         return self.rank * each, (self.rank + 1) * each
 
 
 @dataclass(frozen=True)
 class Box:
-    """A box of a canonical tensor: `size` elements along each dimension from `offset` on."""
+    """A box of a canonical tensor: `size` elements along each dimension, starting at `offset`."""
 
     name: str
     shape: tuple[int, ...]
-    """Of the whole tensor."""
+    """Shape of the whole tensor."""
     offset: tuple[int, ...]
     size: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class LocalWeight:
-    """A weight of this process: boxes of canonical tensors, one below the other along its first dimension."""
+    """A weight of this process: boxes of canonical tensors, stacked along its first dimension."""
 
     tensor: Tensor
     boxes: tuple[Box, ...]
-    """Empty for a weight that stands for nothing and stays 0."""
+    """Empty for a placeholder weight, which stays 0."""
     is_copy: bool = False
-    """Whether another process of the same replica holds the same values and speaks for them."""
+    """Whether another process of the same replica holds the same values and is responsible for them."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the whole weight, which ZeRO-3 leaves empty between passes."""
+        """Shape of the whole weight, which ZeRO-3 leaves empty between passes."""
         return (sum(box.size[0] for box in self.boxes), *self.boxes[0].size[1:])
 
 
 def local_weights(stage: TideStage, config: ModelConfig) -> Iterator[LocalWeight]:
-    """Say which boxes of canonical tensors every parameter of this process holds.
+    """Yield the boxes of canonical tensors that each parameter of this process holds.
 
-    The tables are one tensor [V, K, D] here, and the gains one of [K, D]. Rows owned outside the model are
-    not among the parameters: owner g of G has rows g, g + G, ...
+    The tables are one tensor [V, K, D] here, and the gains one of [K, D]. Rows owned outside the model are not
+    among the parameters: owner g of G has rows g, g + G, ...
     """
     tensor = Shard(stage.groups.tensor_rank, stage.groups.tensor_size)
     cut = _Cut(config, tensor)
@@ -92,7 +92,7 @@ def local_weights(stage: TideStage, config: ModelConfig) -> Iterator[LocalWeight
 
 @dataclass(frozen=True)
 class _Cut:
-    """Makes boxes for one tensor-parallel rank."""
+    """Builds the boxes of one tensor-parallel rank."""
 
     config: ModelConfig
     tensor: Shard
@@ -108,7 +108,7 @@ class _Cut:
         rows: tuple[int, int] | None = None,
         columns: tuple[int, int] | None = None,
     ) -> Box:
-        """Rows or columns first..last of a tensor; all where none are given."""
+        """Return the box of rows or columns first..last of a tensor; all of them by default."""
         bounds = [(0, n) for n in shape]
         if rows is not None:
             bounds[0] = rows
@@ -123,7 +123,7 @@ class _Cut:
 def _layer_weights(
     layer: TransformerLayer, config: ModelConfig, num_blocks: int, cut: _Cut
 ) -> Iterator[LocalWeight]:
-    """Megatron fuses query, key and value group by group, and gate and up one after the other."""
+    """Yield a layer's weights; megatron fuses query, key and value group by group, and stacks gate and up."""
     name = f"layers.{layer.layer_number - 1}"
     D, ffn, groups = config.hidden_size, config.ffn_hidden_size, config.num_query_groups
     C = D // config.num_attention_heads

@@ -1,10 +1,10 @@
-"""The whole TIDE transformer in plain torch: one process, no library, no cleverness. The oracle.
+"""The whole TIDE transformer in plain torch: one process, no library, no optimisation. The oracle.
 
-Every distributed path and every kernel of this package is tested against this file, so it is written to
-be read beside the paper (arXiv 2605.06216, section 3) and never to be fast.
+Every distributed path and every kernel of this package is tested against this file, so it is written to be read
+beside the paper (arXiv 2605.06216, section 3), never to be fast.
 
-Shapes: B batch, T sequence, D hidden size, V vocabulary, K memory blocks, L layers, H query heads,
-G key/value heads (query groups), C head size, F feed-forward size.
+Dimensions: B batch, T sequence, D hidden size, V vocabulary, K memory blocks, L layers, H query heads, G key/value
+heads (query groups), C head size, F feed-forward size.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from tide_mega.config.schema import ModelConfig
 
 @dataclass(frozen=True)
 class ReferenceShape:
-    """The numbers that fix the architecture; K = 0 is the LLaMA baseline."""
+    """The sizes that define the architecture; K = 0 is the LLaMA baseline."""
 
     num_layers: int
     hidden_size: int
@@ -33,7 +33,7 @@ class ReferenceShape:
 
     @classmethod
     def of(cls, model: ModelConfig, num_blocks: int) -> "ReferenceShape":
-        """Return the shape that a configuration asks for, with K memory blocks."""
+        """Return the shape of a configuration with K memory blocks."""
         return cls(
             model.num_layers,
             model.hidden_size,
@@ -59,12 +59,12 @@ def widened(x: Tensor) -> Tensor:
 
 
 def rows(table_VD: Tensor, tokens_BT: Tensor) -> Tensor:
-    """Return the tokens' rows [B, T, D]; the gradient of a row used often is added up in at least fp32."""
+    """Return the tokens' rows [B, T, D]; the gradient of a row is accumulated in at least fp32."""
     return F.embedding(tokens_BT, widened(table_VD)).to(table_VD.dtype)
 
 
 class Embedding(nn.Embedding):
-    """A table of which `rows` are read."""
+    """An embedding table read with `rows`."""
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         """Return [B, T, D]."""
@@ -80,7 +80,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise in at least fp32, return the input's dtype."""
+        """Normalise in at least fp32 and return the input's dtype."""
         wide = widened(x)
         unit = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
         return unit.to(x.dtype) * self.weight
@@ -133,7 +133,7 @@ class Attention(nn.Module):
 
 
 def rotate(x: Tensor, theta: float) -> Tensor:
-    """RoPE: turn the pair (i, i + C/2) of the head at position t by the angle t · theta^(-2i/C)."""
+    """Apply RoPE: rotate the pair (i, i + C/2) of each head at position t by the angle t · theta^(-2i/C)."""
     T, C = x.shape[-2:]
     frequencies = theta ** (-torch.arange(0, C, 2, dtype=torch.float32, device=x.device) / C)
     angles_TC = torch.outer(torch.arange(T, dtype=torch.float32, device=x.device), frequencies).repeat(1, 2)
@@ -182,7 +182,7 @@ class Layer(nn.Module):
 
 @dataclass
 class ReferenceOutput:
-    """What one forward pass gives: `loss` is what training minimises."""
+    """The result of one forward pass; `loss` is what training minimises."""
 
     loss: Tensor
     cross_entropy_BT: Tensor
@@ -217,7 +217,7 @@ class ReferenceTide(nn.Module):
         return F.linear(self.final_norm(h_BTD), weight_VD), alphas
 
     def forward(self, tokens_BT: Tensor, labels_BT: Tensor, z_loss: float = 0.0) -> ReferenceOutput:
-        """Mean cross entropy + z_loss · mean(log Z²), over labels that are not negative."""
+        """Return mean cross entropy + z_loss · mean(log Z²) over the labels that are not negative."""
         logits_BTV, alphas = self.logits(tokens_BT)
         log_partition_BT = logits_BTV.float().logsumexp(-1)
         kept_BT = labels_BT >= 0

@@ -1,4 +1,4 @@
-"""From this project's configuration to megatron-core's: TransformerConfig and the layer's ModuleSpec."""
+"""Translates this project's configuration to megatron-core's: TransformerConfig and the layer's ModuleSpec."""
 
 from functools import partial
 from typing import Any
@@ -16,12 +16,10 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from tide_mega.config.schema import ModelConfig, ParallelConfig
-from tide_mega.model.attention import CausalCoreAttention
-from tide_mega.model.layer import TideLayer
-from tide_mega.model.memory import MemoryBoard
-from tide_mega.model.norm import RMSNorm
+from tide_mega.model.layer import MemoryBoard, TideLayer
+from tide_mega.model.modules import CausalCoreAttention, RMSNorm
+from tide_mega.parallel.device import DTYPES
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 RECOMPUTE: dict[str, dict[str, Any]] = {
     "none": {},
     "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]},
@@ -40,9 +38,9 @@ def transformer_config(
     device: torch.device,
     compile_kernels: bool = False,
 ) -> TransformerConfig:
-    """Translate; no dropout, no biases, no fusion that needs a GPU library.
+    """Return megatron-core's configuration: no dropout, no biases, no fusion that needs a GPU library.
 
-    With `compile_kernels` megatron's SwiGLU is compiled, on CUDA.
+    With `compile_kernels` megatron's SwiGLU is compiled on CUDA.
     """
     dtype = DTYPES[precision]
     return TransformerConfig(
@@ -57,10 +55,10 @@ def transformer_config(
         virtual_pipeline_model_parallel_size=(
             parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
         ),
-        # megatron-core (0.16 to 0.19) is silently wrong with the defaults when two stages interleave.
+        # With the defaults, megatron-core (0.16 to 0.19) is silently wrong when two stages interleave.
         overlap_p2p_comm=parallel.virtual_pipeline > 1,
         batch_p2p_comm=parallel.virtual_pipeline == 1,
-        # Only torch before 1.13 needs the whole device to wait for a batched exchange.
+        # Only torch before 1.13 needs a device synchronisation after a batched exchange.
         batch_p2p_sync=False,
         sequence_parallel=parallel.sequence_parallel,
         params_dtype=dtype,
@@ -78,8 +76,8 @@ def transformer_config(
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
         apply_rope_fusion=False,
-        # The weights come from tide_mega.model.weights, the same for every topology. Megatron's own
-        # initialisation stays on because it also marks which parameters are sharded.
+        # tide_mega.model.weights sets the weights, the same for every topology. Megatron's own initialisation
+        # stays on because it also marks which parameters are sharded.
         init_method=_leave,
         output_layer_init_method=_leave,
         embedding_init_method=_leave,
@@ -97,7 +95,7 @@ def block_spec(
     rope_theta: float,
     compile_kernels: bool = False,
 ) -> TransformerBlockSubmodules:
-    """Return the stage's layers: megatron's attention and MLP, our norm and core attention, the TIDE layer."""
+    """Return the stage's layers: TIDE layers of megatron's attention and MLP, our norm and core attention."""
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},

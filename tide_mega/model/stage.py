@@ -1,30 +1,37 @@
-"""What one process holds of the model: its chunks of the transformer, and on the first stage the memory.
+"""What one process holds of the model, and the reading of the memory around a step.
 
-Shapes: B sequences, T tokens, U distinct types, K blocks, D width, L layers.
+`TideStage` holds a stage's chunks of the transformer and, on the first stage, the memory. `MemoryReading` brings
+the step's rows to every stage before the pipeline schedule and their gradients back to the tables after it.
+
+Dimensions: B sequences, T tokens, U distinct token types, K blocks, D width, L layers.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import tensor_parallel
 from torch import Tensor, nn
 
 from tide_mega.config.schema import TideConfig
 from tide_mega.kernels.choice import choose_kernels
-from tide_mega.memory.meter import TrafficMeter
-from tide_mega.memory.owned import OwnedTables
-from tide_mega.model.memory import EmbeddingMemory, MemoryBoard
+from tide_mega.kernels.row_gradient import RowGradient
+from tide_mega.memory.owned import Fetch, OwnedTables
+from tide_mega.memory.plan import MemoryPlan
+from tide_mega.memory.traffic import TrafficMeter
+from tide_mega.model.chunk import LossTensors, Scored, ScoreTensors, Targets, TideChunk
+from tide_mega.model.layer import EmbeddingMemory, MemoryBoard
 from tide_mega.model.spec import transformer_config
-from tide_mega.model.tide import LossTensors, Scored, ScoreTensors, Targets, TideChunk
-from tide_mega.parallel.groups import ParallelGroups
+from tide_mega.parallel.groups import ParallelGroups, sum_over
 from tide_mega.parallel.megatron_cpu import cuda_means_cpu
 
 
 class TideStage(nn.Module):
-    """One pipeline stage of one tensor shard: the module DeepSpeed's engine holds.
+    """One pipeline stage of one tensor shard: the module that DeepSpeed's engine wraps.
 
-    `chunks` are megatron models (one, or several with the interleaved schedule); `memory` is there on the first
-    stage when K > 0; `owned` holds tables that DeepSpeed must not see, because each row has one owner.
+    `chunks` are megatron models (one, or several with the interleaved schedule). `memory` exists on the first
+    stage if K > 0. `owned` holds tables that DeepSpeed must not see because each row has one owner.
     """
 
     def __init__(self, config: TideConfig, groups: ParallelGroups, device: torch.device) -> None:
@@ -54,8 +61,8 @@ class TideStage(nn.Module):
         self.memory: EmbeddingMemory | None = None
         self.owned: OwnedTables | None = None
         self.absent_tables: nn.Parameter | None = None
-        """Stands for the tables on stages without them: DeepSpeed's norm is one collective for each group of
-        parameters, so every stage must have the same groups. It stays 0."""
+        """Placeholder for the tables on stages without them, always 0: DeepSpeed's gradient norm makes one
+        collective per parameter group, so every stage must have the same groups."""
         if memory.num_blocks and memory.owners == "tensor" and not groups.is_first_stage:
             self.absent_tables = nn.Parameter(torch.zeros(1, dtype=self.dtype))
         if memory.num_blocks and groups.is_first_stage:
@@ -83,7 +90,7 @@ class TideStage(nn.Module):
 
     @property
     def transformers(self) -> list[TideChunk]:
-        """The chunks, with their type."""
+        """The chunks, typed."""
         return [chunk for chunk in self.chunks if isinstance(chunk, TideChunk)]
 
     def forward(
@@ -96,10 +103,10 @@ class TideStage(nn.Module):
         read_ids: Tensor | None = None,
         rows_UKD: Tensor | None = None,
     ) -> Tensor | LossTensors | ScoreTensors:
-        """Run one microbatch through a chunk, or with `read_ids` [U] read the memory.
+        """Run one micro-batch through a chunk or, with `read_ids` [U], read the memory.
 
         Returns:
-            What `TideChunk.forward` returns; or M [U, K, D].
+            The result of `TideChunk.forward`; with `read_ids` M [U, K, D].
         """
         if read_ids is not None:
             if self.memory is None:
@@ -120,9 +127,9 @@ class TideStage(nn.Module):
         return memory_UKD
 
     def null_weights(self) -> Tensor:
-        """Return the null-bank weights the layers of all stages left on their boards [L, B, T]; collective.
+        """Return the null-bank weights that the layers of all stages recorded [L, B, T]; collective.
 
-        Whole sequences; B counts those of all microbatches since the board began to record.
+        T covers whole sequences; B counts those of all micro-batches since recording began.
         """
         recorded = self.board.alpha_L or {}
         slices = {
@@ -141,3 +148,90 @@ class TideStage(nn.Module):
             )
             whole_LSB = whole_SLB.transpose(0, 1)
         return whole_LSB.transpose(1, 2)
+
+
+class MemoryReading:
+    """One reading of the memory: gathers, normalises and broadcasts its rows to the stages, and returns gradients.
+
+    Rows are normalised before the broadcast, on the first stage, where the gains live: with the same result as
+    after it, but once instead of on every stage, and with a single gradient for each gain. As a context manager it
+    frees the rows when it ends, of a pass that fails too.
+    """
+
+    def __init__(
+        self, stage: TideStage, call: Callable[..., Any], plan: MemoryPlan, fetch: Fetch | None = None
+    ) -> None:
+        """Read the memory and put it on the stage's board; collective.
+
+        Args:
+            stage: this process's part of the model.
+            call: runs the stage's forward pass: DeepSpeed's engine in training, else the stage itself.
+            plan: of this replica's micro-batches.
+            fetch: a fetch already in flight, if tables are owned outside the model.
+        """
+        self.stage, groups, ids_U = stage, stage.groups, plan.ids_U
+        self.rows_UKD: Tensor | None = None
+        self.memory_UKD: Tensor | None = None
+        self.fetch: Fetch | None = None
+        if groups.is_first_stage:
+            if stage.owned is not None:
+                self.fetch = fetch or stage.owned.fetch(plan)
+                self.rows_UKD = stage.owned.rows_of(self.fetch).requires_grad_(torch.is_grad_enabled())
+            self.memory_UKD = call(read_ids=ids_U, rows_UKD=self.rows_UKD)
+            if stage.owned is None and groups.tensor_size > 1:
+                stage.meter.add_sum("rows", self.memory_UKD, groups.tensor_size)
+        board, rows_UKD = stage.board, self._on_this_stage(ids_U)
+        board.rows_UKD = rows_UKD
+        if torch.is_grad_enabled():
+            board.sink = RowGradient(rows_UKD.shape, rows_UKD.device, board.kernels.mix, stage.chunk_layers)
+
+    def _on_this_stage(self, ids_U: Tensor) -> Tensor:
+        stage, pipeline = self.stage, self.stage.groups.pipeline
+        if self.memory_UKD is not None:
+            travelling = self.memory_UKD.detach()
+        else:
+            shape = (ids_U.numel(), *stage.block_shape)
+            travelling = torch.empty(shape, dtype=stage.dtype, device=ids_U.device)
+        if pipeline.size() > 1:
+            travelling = travelling.contiguous()
+            dist.broadcast(travelling, src=dist.get_global_rank(pipeline, 0), group=pipeline)
+            stage.meter.add_broadcast(
+                "rows", travelling, pipeline.size(), is_root=stage.groups.is_first_stage
+            )
+        return travelling
+
+    def send_gradients(self) -> None:
+        """Send the gradient that the layers of all stages left back to the norms and tables; collective.
+
+        Raises:
+            RuntimeError: no layer has read the board.
+        """
+        stage, groups = self.stage, self.stage.groups
+        sink = stage.board.sink
+        if sink is None or sink.is_empty:
+            raise RuntimeError("no layer has read the memory: send_gradients belongs after the backward pass")
+        gradient_UKD = sink.total()
+        if groups.pipeline.size() > 1:
+            sum_over(groups.pipeline, gradient_UKD)
+            stage.meter.add_sum("row gradients", gradient_UKD, groups.pipeline.size())
+        if groups.is_first_stage:
+            if stage.sequence_parallel:
+                # Each tensor rank has seen only its slice of the tokens.
+                sum_over(groups.tensor, gradient_UKD)
+                stage.meter.add_sum("row gradients", gradient_UKD, groups.tensor_size)
+            assert self.memory_UKD is not None
+            self.memory_UKD.backward(gradient_UKD.to(self.memory_UKD.dtype))
+            if stage.owned is not None and self.fetch is not None and self.rows_UKD is not None:
+                assert self.rows_UKD.grad is not None
+                stage.owned.add_gradient(self.fetch, self.rows_UKD.grad)
+
+    def __enter__(self) -> "MemoryReading":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the rows and their gradient; whatever refers to this reading keeps none of them alive."""
+        self.stage.board.rows_UKD = self.stage.board.sink = None
+        self.rows_UKD = self.memory_UKD = self.fetch = None

@@ -1,10 +1,10 @@
-"""Initial values, and filling a process's weights from canonical tensors.
+"""Initial weights, and filling a process's weights from canonical tensors.
 
-Names are those of `tide_mega.model.canonical`, except that tables and gains are asked for block by block. Each
-canonical tensor has its own random stream, so initial weights depend on the seed alone: not on tensor-, pipeline-
-or data-parallel sizes, and the base weights of a TIDE model equal those of its baseline.
+Names are those of `tide_mega.model.canonical`, except that tables and gains are requested block by block. Each
+canonical tensor has its own random stream, so initial weights depend on the seed alone and not on tensor-,
+pipeline- or data-parallel sizes, and the base weights of a TIDE model equal those of its baseline.
 
-Shapes: K blocks, D width, W rows of an owner, R rows of a block of the random stream.
+Dimensions: V vocabulary, K blocks, D width, W rows of an owner, R rows of a block of the random stream; L layers.
 """
 
 import hashlib
@@ -19,16 +19,16 @@ from tide_mega.model.canonical import GAINS, TABLES, Box, local_weights
 from tide_mega.model.stage import TideStage
 
 ROW_BLOCK = 8192
-"""Rows drawn from one random stream: an owner of part of a table draws only the blocks it needs."""
+"""Rows drawn from one random stream, so that an owner of part of a table draws only the blocks it needs."""
 
 Fetch = Callable[[str, int, int], Tensor]
 """(canonical name, first row, last row) -> those rows of the canonical tensor."""
 
 
 def local_tensors(stage: TideStage, config: ModelConfig, fetch: Fetch) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pair every weight of this process with its values, cut from the canonical tensors.
+    """Yield every weight of this process with its values, cut from the canonical tensors.
 
-    Weights are the stage's parameters, and the master rows of tables owned outside the model. `fetch` knows the
+    Weights are the stage's parameters and the master rows of tables owned outside the model. `fetch` serves the
     memory block by block, as `memory.tables.0`, `memory.gains.0` and so on.
     """
     for weight in local_weights(stage, config):
@@ -49,7 +49,7 @@ def _values(box: Box, num_blocks: int, fetch: Fetch) -> Tensor:
 
 
 def _owned_rows(stage: TideStage, vocab_size: int, fetch: Fetch) -> Tensor:
-    """Every n-th row of an owner [W, K, D], 0 beyond the vocabulary."""
+    """Return an owner's rows, every n-th of the tables [W, K, D]; 0 beyond the vocabulary."""
     assert stage.owned is not None
     group, blocks = stage.groups.memory, range(stage.num_blocks)
     values_WKD = torch.zeros_like(stage.owned.master_WKD, requires_grad=False, device="cpu")
@@ -66,9 +66,9 @@ def _owned_rows(stage: TideStage, vocab_size: int, fetch: Fetch) -> Tensor:
 class InitialWeights:
     """The canonical tensors at step 0.
 
-    Matrices ~ N(0, init_std), the two projections back into the residual stream of each layer
-    ~ N(0, init_std / sqrt(2 L)), tables ~ N(0, table_init_std), routers ~ N(0, router_init_std), norms' gains
-    1, the memory's gains `gain_init`.
+    Matrices ~ N(0, init_std), the two projections of each layer back into the residual stream
+    ~ N(0, init_std / sqrt(2 L)), tables ~ N(0, table_init_std), routers ~ N(0, router_init_std) (second
+    argument: the standard deviation). Gains of norms are 1, gains of the memory `gain_init`.
     """
 
     def __init__(self, model: ModelConfig, memory: MemoryConfig, seed: int) -> None:
@@ -117,16 +117,16 @@ class InitialWeights:
 
 
 def initialise(stage: TideStage, config: ModelConfig, memory: MemoryConfig, seed: int) -> None:
-    """Fill this process's weights with their share of the initial ones."""
+    """Fill this process's weights with their share of the initial weights."""
     load(stage, config, InitialWeights(config, memory, seed).rows)
 
 
 @torch.no_grad()
 def load(stage: TideStage, config: ModelConfig, fetch: Fetch) -> None:
-    """Fill this process's weights with their share of canonical tensors.
+    """Fill this process's weights with their share of the canonical tensors.
 
     Raises:
-        RuntimeError: a parameter has no canonical counterpart, so it would keep arbitrary memory.
+        RuntimeError: a parameter has no canonical counterpart and would stay uninitialised.
     """
     filled = set()
     for weight, values in local_tensors(stage, config, fetch):

@@ -1,1 +1,1 @@
-"""Processes, groups, devices, and the doors to DeepSpeed and to megatron-core's process state."""
+"""Processes, groups and devices; the only imports of DeepSpeed and of megatron-core's process state."""

@@ -1,4 +1,4 @@
-"""Keeping a process on the cores of its GPU's NUMA node: its memory is then allocated there too."""
+"""Binds a process to the cores of its GPU's NUMA node, so that its memory is allocated there too."""
 
 import contextlib
 import logging
@@ -19,9 +19,9 @@ def take_cores(device: Device, threads: int | None, world: World) -> int:
 
     Args:
         device: of this process.
-        threads: wanted; None means its share of the node's cores, which binding does not make smaller unless fewer
-            are near.
-        world: tells how many processes share the node.
+        threads: requested number; None means this process's share of the node's cores, reduced by binding only if
+            fewer cores are near.
+        world: gives the number of processes on the node.
     """
     chosen = set_threads(threads, world.local_size)
     if bind_to_gpu(device, is_loud=world.local_rank == 0) and threads is None:
@@ -30,16 +30,16 @@ def take_cores(device: Device, threads: int | None, world: World) -> int:
 
 
 def bind_to_gpu(device: Device, *, is_loud: bool, sysfs: Path = Path("/sys")) -> bool:
-    """Keep all threads of this process on those of its cores that are nearest to its GPU.
+    """Bind all threads of this process to those of its cores that are nearest to its GPU.
 
-    The threads and processes it starts later inherit it. Where the machine does not say which cores those are, or
-    none of them is this process's to use, it stays as it was. Linux allocates memory where the thread that first
-    touches it runs, so nothing is said about memory.
+    Threads and processes started later inherit the binding. If the machine does not tell which cores those are,
+    or this process may use none of them, nothing changes. Memory needs no binding: Linux allocates it on the
+    node of the thread that first touches it.
 
     Args:
-        device: of this process; without a GPU there is nothing to do.
+        device: of this process; without a GPU nothing is done.
         is_loud: whether to log what was done, or why not.
-        sysfs: where the kernel shows its devices.
+        sysfs: mount point of sysfs.
 
     Returns:
         Whether the process is bound.
@@ -62,7 +62,7 @@ def bind_to_gpu(device: Device, *, is_loud: bool, sysfs: Path = Path("/sys")) ->
 
 
 def _cores_near(gpu: torch.device, sysfs: Path) -> set[int]:
-    properties: Any = torch.cuda.get_device_properties(gpu)  # torch's stub leaves the address out
+    properties: Any = torch.cuda.get_device_properties(gpu)  # torch's type stub lacks the PCI address
     domain, bus, slot = properties.pci_domain_id, properties.pci_bus_id, properties.pci_device_id
     shown = sysfs / "bus" / "pci" / "devices" / f"{domain:04x}:{bus:02x}:{slot:02x}.0" / "local_cpulist"
     cores = _from_list(shown.read_text())
@@ -74,18 +74,18 @@ def _cores_near(gpu: torch.device, sysfs: Path) -> set[int]:
 def _bind(cores: set[int]) -> None:
     os.sched_setaffinity(0, cores)
     for thread in os.listdir("/proc/self/task"):  # noqa: PTH208 names alone
-        with contextlib.suppress(ProcessLookupError):  # it has ended
+        with contextlib.suppress(ProcessLookupError):  # the thread has ended
             os.sched_setaffinity(int(thread), cores)
 
 
 def _from_list(text: str) -> set[int]:
-    """The numbers of the kernel's notation: 0-3,8."""
+    """Parse the kernel's list notation: 0-3,8."""
     ranges = [part.split("-") for part in text.strip().split(",") if part]
     return {number for ends in ranges for number in range(int(ends[0]), int(ends[-1]) + 1)}
 
 
 def _as_list(numbers: set[int]) -> str:
-    """The kernel's notation of numbers: 0-3,8."""
+    """Format in the kernel's list notation: 0-3,8."""
     parts: list[list[int]] = []
     for number in sorted(numbers):
         if parts and number == parts[-1][-1] + 1:

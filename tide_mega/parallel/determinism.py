@@ -1,4 +1,4 @@
-"""Same inputs, same bits: what `trainer.deterministic` switches on, and off again afterwards."""
+"""Deterministic mode (`trainer.deterministic`): equal inputs give equal bits; restores all settings on exit."""
 
 import contextlib
 import os
@@ -7,26 +7,27 @@ from typing import Any
 
 import torch
 
-from tide_mega.config.errors import ConfigError
+from tide_mega.errors import ConfigError
 from tide_mega.parallel.device import Device
 
 CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 NCCL_ALGORITHMS = "NCCL_ALGO"
 _FIXED_WORKSPACES = (":4096:8", ":16:8")
-"""With others cuBLAS may sum in another order from one product to the next."""
+"""With other workspaces cuBLAS may change its order of summation between products."""
 _WITHOUT_SWITCHES = "^NVLS,NVLSTree"
-"""NVLink switches add what arrives when it arrives; rings and trees add in the order of the ranks."""
+"""NVLink switches add values in order of arrival; rings and trees add in the order of the ranks."""
 
 
 @contextlib.contextmanager
 def deterministic_algorithms(wanted: bool, device: Device) -> Iterator[None]:
-    """Within, if `wanted`, every operation gives the same bits for the same inputs, or raises; else as before.
+    """Within this context, if `wanted`, every operation gives equal bits for equal inputs, or raises.
 
-    To be entered before the process multiplies on the GPU or joins NCCL: both read the environment once. Attention
-    is then FlashAttention with its deterministic backward, since torch has no deterministic one of cuDNN's.
+    Must be entered before the process multiplies on the GPU or joins NCCL, since both read the environment only
+    once. Attention is then FlashAttention with its deterministic backward pass; torch has no deterministic one
+    for cuDNN's.
 
     Raises:
-        ConfigError: the environment asks cuBLAS or NCCL for what is not deterministic.
+        ConfigError: the environment asks cuBLAS or NCCL for something that is not deterministic.
     """
     if not wanted:
         yield
@@ -41,7 +42,7 @@ def deterministic_algorithms(wanted: bool, device: Device) -> Iterator[None]:
     fill = settings.fill_uninitialized_memory
     os.environ.update(environment)
     torch.use_deterministic_algorithms(True)
-    # Filling every torch.empty costs a pass over it and serves to find who reads what was never written.
+    # Filling every torch.empty costs a pass over it, and only serves to find reads of uninitialised memory.
     settings.fill_uninitialized_memory = False
     try:
         yield

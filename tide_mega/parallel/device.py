@@ -1,6 +1,6 @@
 """The device layer: which device, which collective backend, which optional GPU libraries.
 
-The only lines of the package that differ between CPU and GPU are here and in `megatron_cpu`.
+The only code of the package that differs between CPU and GPU is here and in `megatron_cpu`.
 """
 
 import functools
@@ -17,35 +17,38 @@ from typing import Any
 import psutil
 import torch
 
-from tide_mega.config.errors import ConfigError
+from tide_mega.errors import ConfigError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""Precisions by the names that configurations and options have for them."""
 
 
 @dataclass(frozen=True)
 class OptionalLibrary:
-    """A library that is used where it can be; what takes its place is torch's own."""
+    """A library that is used if available; otherwise torch's own implementation takes its place."""
 
     module: str
     function: str
-    """What the module must have: packages of the same name do without it."""
+    """What the module must contain, since unrelated packages of the same name exist."""
     use: str
     extension: str | None = None
     """The compiled module without which the function raises at its first use."""
 
 
 OPTIONAL_LIBRARIES = {
-    # PyPI's `apex` has no optimizers, and NVIDIA's built without CUDA extensions no amp_C.
+    # PyPI's `apex` has no optimizers, and NVIDIA's apex built without CUDA extensions lacks amp_C.
     "apex": OptionalLibrary("apex.optimizers", "FusedAdam", "fused AdamW", extension="amp_C"),
-    # flash-attn-4 alone installs flash_attn.cute, and nothing at the top.
+    # flash-attn-4 by itself installs only flash_attn.cute, and nothing at the top level.
     "flash-attn": OptionalLibrary("flash_attn", "flash_attn_func", "attention below compute capability 9"),
 }
-"""By distribution."""
+"""Optional libraries by distribution name."""
 
 _CPUS = Path("/sys/devices/system/cpu")
 
 
 @dataclass(frozen=True)
 class Device:
-    """Where this process computes."""
+    """The device on which this process computes."""
 
     torch_device: torch.device
     backend: str
@@ -54,38 +57,38 @@ class Device:
 
     @property
     def is_cuda(self) -> bool:
-        """Whether this is a GPU."""
+        """Whether the device is a GPU."""
         return self.torch_device.type == "cuda"
 
     def has_fast_bf16(self) -> bool:
-        """Whether matrix products run faster in bf16 than in fp32: instructions for it, not emulation."""
+        """Return whether matrix products are faster in bf16 than in fp32: by instructions, not emulation."""
         if self.is_cuda:
             return torch.cuda.is_bf16_supported(including_emulation=False)
         return bool(_cpu_flags() & {"amx_bf16", "avx512_bf16"})
 
     def memory_bytes(self) -> int:
-        """Memory this process holds now: allocated on the GPU, or resident on CPU."""
+        """Return the memory that this process holds now: allocated on the GPU, or resident on CPU."""
         if self.is_cuda:
             return torch.cuda.memory_allocated(self.torch_device)
         return psutil.Process().memory_info().rss
 
     def free_memory(self) -> None:
-        """Give back what nothing refers to any more, cycles included, before something large is built."""
+        """Free unreferenced memory, including reference cycles, before something large is built."""
         gc.collect()
         if self.is_cuda:
             torch.cuda.empty_cache()
 
     def peak_memory_bytes(self) -> int:
-        """Most memory this process has held: allocated on the GPU, or resident on CPU."""
+        """Return the peak memory of this process: allocated on the GPU, or resident on CPU."""
         if self.is_cuda:
             return torch.cuda.max_memory_allocated(self.torch_device)
-        # The kernel brings its peak up to date later than what is resident.
+        # The kernel updates the peak later than the resident size.
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return max(peak, self.memory_bytes())
 
 
 def _cpu_flags() -> set[str]:
-    """Instruction sets of the processor, as Linux names them; none where it does not say."""
+    """Return the processor's instruction sets as named by Linux; empty if not available."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     return next((set(line.split()) for line in lines if line.startswith("flags")), set())
@@ -94,11 +97,12 @@ def _cpu_flags() -> set[str]:
 def choose_device(wanted: str, local_rank: int) -> Device:
     """Resolve `cluster.device` (auto, cpu, cuda) and make the device current.
 
-    Where one GPU is visible it is this process's own, whatever its local rank: `srun --gpus-per-task=1` and
-    `--gpu-bind` show each task its GPU alone. NCCL names the ranks where several processes share one after all.
+    If a single GPU is visible, it is this process's own, whatever its local rank: `srun --gpus-per-task=1` and
+    `--gpu-bind` show each task only its own GPU. If several processes share it after all, NCCL reports their
+    ranks.
 
     Raises:
-        ConfigError: cuda was asked for and there is none, or several and fewer than local ranks.
+        ConfigError: cuda was requested and there is no GPU, or there are several but fewer than local ranks.
     """
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return Device(torch.device("cpu"), "gloo", "cpu")
@@ -114,25 +118,25 @@ def choose_device(wanted: str, local_rank: int) -> Device:
 
 
 def set_threads(threads: int | None, local_world_size: int) -> int:
-    """Set the CPU threads of this process: `threads`, else its share of the physical cores. Return the number."""
+    """Set this process's CPU threads to `threads` or its share of the physical cores; return the number."""
     chosen = threads or max(1, physical_cores() // local_world_size)
     torch.set_num_threads(chosen)
     return chosen
 
 
 def physical_cores() -> int:
-    """Cores this process may run on; threads of one core count once, since they share its arithmetic units."""
+    """Return the number of cores this process may use; hyperthreads count once, as they share arithmetic units."""
     siblings = [_CPUS / f"cpu{cpu}" / "topology/thread_siblings_list" for cpu in os.sched_getaffinity(0)]
     return len({path.read_text() if path.exists() else str(path) for path in siblings})
 
 
 def detect_libraries() -> dict[str, str | None]:
-    """Return the version of every optional library, or None where it cannot be used."""
+    """Return the version of every optional library; None if it cannot be used."""
     return {name: None if _fault(name) else _version(name) for name in OPTIONAL_LIBRARIES}
 
 
 def describe_libraries() -> str:
-    """One line for the start-up log: each optional library, its version or what it lacks, and its use."""
+    """Return a line for the start-up log: each optional library, its version or what it lacks, and its use."""
     return "; ".join(
         f"{name} {_fault(name) or _version(name)} ({library.use})"
         for name, library in OPTIONAL_LIBRARIES.items()
@@ -140,14 +144,14 @@ def describe_libraries() -> str:
 
 
 def library_function(name: str) -> Callable[..., Any] | None:
-    """Return what an optional library is for, or None where it cannot be used."""
+    """Return the function that an optional library is used for; None if it cannot be used."""
     library = OPTIONAL_LIBRARIES[name]
     return None if _fault(name) else getattr(importlib.import_module(library.module), library.function)
 
 
 @functools.cache
 def _fault(name: str) -> str | None:
-    """Import a library once; return why it cannot be used, or None where it can."""
+    """Import a library once; return why it cannot be used, or None if it can."""
     library = OPTIONAL_LIBRARIES[name]
     if importlib.util.find_spec(library.module.split(".")[0]) is None:
         return "absent"
@@ -168,10 +172,10 @@ def _version(name: str) -> str:
 
 @functools.cache
 def flash_attention(device: torch.device) -> Callable[..., torch.Tensor] | None:
-    """Return flash-attn's kernel where it is the fastest for 16 bits; None where torch's own attention is.
+    """Return flash-attn's kernel if it is the fastest for 16 bits; None if torch's own attention is.
 
-    From capability 9 on torch goes first: on 9 and 10 its SDPA tries cuDNN before its own copy of FlashAttention 2
-    (torch 2.13, cuDNN above 9.15.0), whose kernels do not know those GPUs' new instructions.
+    From compute capability 9 on torch is preferred: on 9 and 10 its SDPA tries cuDNN before its own copy of
+    FlashAttention 2 (torch 2.13, cuDNN above 9.15.0), whose kernels do not use the new instructions of these GPUs.
     """
     if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 9:
         return None
@@ -179,5 +183,5 @@ def flash_attention(device: torch.device) -> Callable[..., torch.Tensor] | None:
 
 
 def attention_name(device: Device) -> str:
-    """Return the attention that 16-bit training will use, for the start-up log."""
+    """Return the name of the attention that 16-bit training will use, for the start-up log."""
     return "flash-attn" if flash_attention(device.torch_device) else "torch SDPA"

@@ -1,4 +1,4 @@
-"""DeepSpeed: the one door. ZeRO sharding, data-parallel reduction, master weights, clipping, the step."""
+"""The engine, the only user of DeepSpeed: ZeRO sharding, gradient reduction, master weights, clipping, steps."""
 
 import contextlib
 import math
@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from tide_mega.config.errors import ConfigError
 from tide_mega.config.schema import OptimConfig
+from tide_mega.errors import ConfigError
 from tide_mega.parallel.device import Device
 from tide_mega.parallel.engine_settings import EngineOptions, ParameterGroup, adamw, deepspeed_config
 from tide_mega.parallel.gradient_ranges import GradientRange, gradient_ranges
@@ -22,13 +22,13 @@ from tide_mega.parallel.optimizer_state import OptimizerState
 
 
 def load_deepspeed(device: Device) -> Any:
-    """Import DeepSpeed for the device that was chosen, whatever else this machine has; return the module.
+    """Import DeepSpeed for the chosen device, whatever others this machine has; return the module.
 
-    DeepSpeed binds its memory queries and operator builders to one kind of device while it is imported, so a
-    process keeps the kind that its first engine was built on.
+    DeepSpeed binds its memory queries and operator builders to one kind of device on import, so a process keeps
+    the kind on which its first engine was built.
 
     Raises:
-        ConfigError: this process has DeepSpeed for another kind of device.
+        ConfigError: this process has already imported DeepSpeed for another kind of device.
     """
     kind = device.torch_device.type
     if "deepspeed" not in sys.modules:
@@ -41,14 +41,14 @@ def load_deepspeed(device: Device) -> Any:
             f"The device {kind} was chosen, but this process has loaded DeepSpeed for {loaded}, which it cannot "
             f"change: run what needs {kind} in a process of its own."
         )
-    # Compiling DeepSpeed's shared-memory collectives takes most of a minute and gloo does without.
+    # Compiling DeepSpeed's shared-memory collectives takes most of a minute, and gloo does not need them.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
 
 @contextlib.contextmanager
 def _local_rank_of(device: Device) -> Iterator[None]:
-    """Name the device to DeepSpeed, which takes LOCAL_RANK for its index: not so where a process sees one GPU."""
+    """Set LOCAL_RANK to the device's index, as DeepSpeed assumes; they differ if a process sees only one GPU."""
     index, before = device.torch_device.index, os.environ["LOCAL_RANK"]
     os.environ["LOCAL_RANK"] = before if index is None else str(index)
     try:
@@ -58,26 +58,26 @@ def _local_rank_of(device: Device) -> Iterator[None]:
 
 
 class OutsideOptimizer(Protocol):
-    """Weights that DeepSpeed must not see, updated beside it with the same clip factor."""
+    """Weights outside DeepSpeed, updated beside it with the same clip factor."""
 
     def square_norm(self) -> torch.Tensor:
-        """Sum of squares of this process's gradient, fp64."""
+        """Return the sum of squares of this process's gradient, fp64."""
 
     def step(self, lr: float, scale: float) -> None:
         """Update with learning rate `lr` and the gradient times `scale`."""
 
     def drop_gradient(self) -> None:
-        """Forget the gradient: the step is skipped everywhere."""
+        """Discard the gradient: the step is skipped on all ranks."""
 
 
 class Engine:
     """A model and its optimizer under DeepSpeed ZeRO 1, 2 or 3.
 
-    DeepSpeed's own gradient accumulation is 1: megatron's schedule divides by the number of microbatches,
-    and all backward passes of a step happen inside `accumulate()`, which reduces once at its end.
+    DeepSpeed's own gradient accumulation is 1: megatron's schedule divides by the number of micro-batches, and all
+    backward passes of a step run inside `accumulate()`, which reduces once at its end.
 
-    With weights outside (on the ranks that have some; `shares_norm` on all) the engine clips itself: one norm over
-    DeepSpeed's gradients and theirs, one factor for both.
+    If there are weights outside DeepSpeed (on some ranks; `shares_norm` is set on all), the engine clips by
+    itself: one norm over DeepSpeed's gradients and theirs, and one factor for both.
     """
 
     def __init__(
@@ -112,22 +112,22 @@ class Engine:
         self._accumulator = GradientAccumulator(
             [p for group in self.parameter_groups if group.every_microbatch for p in group.parameters],
             groups,
-            # ZeRO-3 leaves parameters empty between passes, and torch refuses a gradient of another size.
+            # ZeRO-3 leaves parameters empty between passes, and torch refuses a gradient of a different size.
             widen=options.precision == "bf16" and options.accumulation > 1 and options.zero_stage < 3,
         )
 
     @property
     def module(self) -> Any:
-        """The model, as DeepSpeed has cast and placed it."""
+        """The model, cast and placed by DeepSpeed."""
         return self._engine.module
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model's forward pass so that backward passes through its output are seen by ZeRO."""
+        """Run the model's forward pass such that ZeRO sees backward passes through its output."""
         return self._engine(*args, **kwargs)
 
     @contextlib.contextmanager
     def accumulate(self) -> Iterator[None]:
-        """Every backward pass of one optimizer step goes inside; gradients are reduced once, on leaving."""
+        """Context for all backward passes of one optimizer step; gradients are reduced once, on exit."""
         with self._engine.coalesce_grad_reduction():
             yield
             self._accumulator.finish()
@@ -135,16 +135,17 @@ class Engine:
     def gradient_ranges(self, name: str) -> list[GradientRange]:
         """Return this rank's ranges of one parameter group's reduced gradient before clipping.
 
-        After `accumulate`, before `step`.
+        Call after `accumulate` and before `step`.
         """
         parameters = [p for group in self.parameter_groups if group.name == name for p in group.parameters]
         stage, rank = self.options.zero_stage, self.groups.data_rank
         return list(gradient_ranges(self._engine.optimizer, parameters, stage, rank))
 
     def is_gradient_finite(self) -> torch.Tensor:
-        """Whether this process's share of the reduced gradient is finite: 0-d bool on the device, nothing waits.
+        """Return whether this process's share of the reduced gradient is finite, as 0-d bool on the device.
 
-        After `accumulate`, before `step` or `skip`. Every value counts, whether the norm takes it in or not.
+        Call after `accumulate` and before `step` or `skip`; does not synchronise. Every value counts, whether it
+        is part of the norm or not.
         """
         gradients = self._reduced_gradients()
         largest = torch.nn.utils.get_total_norm(gradients, norm_type=math.inf)  # NaN wins, nothing overflows
@@ -155,13 +156,13 @@ class Engine:
         return finite
 
     def skip(self) -> None:
-        """Drop the gradients without an update: weights, moments and Adam's count stay; on every rank alike.
+        """Drop the gradients without an update: weights, moments and Adam's count stay; call on every rank.
 
         Raises:
-            RuntimeError: DeepSpeed updated all the same.
+            RuntimeError: DeepSpeed updated anyway.
         """
         for gradient in self._reduced_gradients():
-            gradient.fill_(math.nan)  # what DeepSpeed skips by itself, with all its own clearing up
+            gradient.fill_(math.nan)  # makes DeepSpeed skip the step by itself, with all its own cleanup
         self._norm = math.inf if self.options.shares_norm else None
         self._engine.step()
         if self._engine.was_step_applied():
@@ -169,7 +170,7 @@ class Engine:
         self._drop_outside()
 
     def poison_gradient(self) -> None:
-        """For fault injection: one value of this process's share of the reduced gradient becomes NaN."""
+        """Set one value of this process's share of the reduced gradient to NaN, for fault injection."""
         next(g for g in self._reduced_gradients() if g.numel()).view(-1)[0] = math.nan
 
     def _reduced_gradients(self) -> list[torch.Tensor]:
@@ -184,11 +185,11 @@ class Engine:
     def step(self, lr: float) -> bool:
         """Clip, update with learning rate `lr` times each group's multiplier, and clear gradients.
 
-        DeepSpeed finds bad values where the norm looks: under tensor and pipeline parallelism not in every copy of
-        a replicated weight. `is_gradient_finite` on every rank comes first.
+        DeepSpeed detects bad values only where its norm looks: with tensor and pipeline parallelism not in every
+        copy of a replicated weight. So check `is_gradient_finite` on every rank first.
 
         Returns:
-            Whether the update was made: a norm that is not finite leaves every rank's weights as they are.
+            Whether the update was made: a norm that is not finite leaves every rank's weights unchanged.
         """
         for group, settings in zip(self._engine.optimizer.param_groups, self.parameter_groups, strict=True):
             group["lr"] = lr * settings.lr_multiplier
@@ -204,9 +205,9 @@ class Engine:
         return applied
 
     def _clip_together(self) -> float:
-        """Scale DeepSpeed's reduced gradients by the factor of the common norm; return the factor.
+        """Scale DeepSpeed's reduced gradients by the clip factor of the common norm; return the factor.
 
-        A norm that is not finite gives NaN, which DeepSpeed finds and skips: the step is skipped everywhere.
+        A norm that is not finite gives NaN, at which DeepSpeed skips the step on all ranks.
         """
         optimizer = self._engine.optimizer
         square = torch.zeros((), dtype=torch.float64, device=self._device.torch_device)
@@ -214,7 +215,7 @@ class Engine:
             known = self._outside_square
             square += self.outside.square_norm() if known is None else known
         dist.all_reduce(square)
-        inside = float(optimizer.scaled_global_norm())  # -1 where it is not finite
+        inside = float(optimizer.scaled_global_norm())  # -1 if it is not finite
         self._norm = math.sqrt(inside**2 + float(square)) if inside >= 0 else math.inf
         scale = 1.0
         if not math.isfinite(self._norm):
@@ -226,21 +227,21 @@ class Engine:
         return scale
 
     def grad_norm(self) -> float:
-        """Global norm before clipping of the step just made, over all parameters, each counted once."""
+        """Return the global gradient norm of the last step before clipping, with every parameter counted once."""
         return float(self._engine.get_global_grad_norm()) if self._norm is None else self._norm
 
     def master_weight(self, parameter: nn.Parameter) -> torch.Tensor:
-        """Return the fp32 weight that the optimizer updates, whole over data parallelism; collective."""
+        """Return the full fp32 master weight, gathered over data parallelism; collective."""
         return self._deepspeed.utils.safe_get_full_fp32_param(parameter)
 
     @property
     def state(self) -> OptimizerState:
-        """Master weights and moments as this data-parallel rank keeps them: what a checkpoint holds."""
+        """Return the master weights and moments that this data-parallel rank keeps, for checkpoints."""
         return OptimizerState(
             self._engine.optimizer, self.module, self.options.zero_stage, self.groups.data_rank
         )
 
     def close(self) -> None:
-        """Drop hooks and buffers, so that a process can build another engine."""
+        """Remove hooks and free buffers, so that the process can build another engine."""
         self._accumulator.close()
         self._engine.destroy()

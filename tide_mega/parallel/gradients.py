@@ -1,4 +1,4 @@
-"""Local gradients of one optimizer step, before data-parallel reduction."""
+"""Local gradients of one optimizer step before data-parallel reduction."""
 
 from collections.abc import Iterable
 
@@ -9,10 +9,10 @@ from tide_mega.parallel.groups import ParallelGroups, sum_over
 
 
 class GradientAccumulator:
-    """Adds microbatches in fp32, and completes what sequence parallelism left partial.
+    """Accumulates micro-batches in fp32, and completes gradients that sequence parallelism leaves partial.
 
-    Autograd adds into `.grad` in the parameter's dtype: in bf16 the tenth microbatch already loses most of
-    what it brings. With `widen` the sum is kept in fp32 and rounded once, when the step's gradient is whole.
+    Autograd accumulates `.grad` in the parameter's dtype: in bf16 the tenth micro-batch already loses most of its
+    contribution. With `widen` the sum is kept in fp32 and rounded once, when the step's gradient is complete.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class GradientAccumulator:
         parameter.grad = None
 
     def finish(self) -> None:
-        """Leave each parameter's whole local gradient in `.grad`; after the last backward pass of a step."""
+        """Put each parameter's complete local gradient in `.grad`; call after the last backward pass of a step."""
         self._complete_sequence_slices()
         self._join_tied_copies()
         for parameter, total in self._sums.items():
@@ -57,7 +57,7 @@ class GradientAccumulator:
             gradient.copy_(piece.view_as(gradient))
 
     def _join_tied_copies(self) -> None:
-        """Give the embedding and its copy on the last stage the sum of their gradients."""
+        """Sum the gradients of the embedding and of its tied copy on the last stage, in both."""
         if self._groups.embedding is None:
             return
         for gradient in self._marked("shared_embedding"):

@@ -1,4 +1,4 @@
-"""Process groups: the one door to `torch.distributed` start-up and to megatron-core's parallel state."""
+"""Process groups: the only user of `torch.distributed` start-up and of megatron-core's parallel state."""
 
 import contextlib
 import gc
@@ -13,8 +13,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch.distributed import ProcessGroup
 
-from tide_mega.config.errors import ConfigError
 from tide_mega.config.schema import ParallelConfig
+from tide_mega.errors import ConfigError
 from tide_mega.parallel import megatron_cpu
 from tide_mega.parallel.determinism import deterministic_algorithms
 from tide_mega.parallel.device import Device
@@ -23,7 +23,7 @@ from tide_mega.parallel.interface import choose_interface
 
 @dataclass(frozen=True)
 class World:
-    """This process among all, as torchrun's or SLURM's environment tells."""
+    """This process's rank and the number of processes, from torchrun's or SLURM's environment."""
 
     rank: int
     size: int
@@ -32,7 +32,7 @@ class World:
 
     @classmethod
     def from_environment(cls) -> "World":
-        """Read RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE; absent means one process alone."""
+        """Read RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE; without them there is a single process."""
         rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         return cls(rank, size, local_rank, local_size=int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
@@ -40,28 +40,28 @@ class World:
 
 @dataclass(frozen=True)
 class ParallelGroups:
-    """Every group a part of the system may need; passed in, never looked up from inside the model."""
+    """All process groups that parts of the system need; passed explicitly, never looked up inside the model."""
 
     collection: ProcessGroupCollection
-    """What megatron-core's modules take."""
+    """The groups in the form that megatron-core's modules take."""
     tensor: ProcessGroup
     data: ProcessGroup
     pipeline: ProcessGroup
     model: ProcessGroup
     """Tensor x pipeline: all shards of one replica."""
     embedding: ProcessGroup | None
-    """First and last stage, which hold copies of a tied embedding; None in between and without pipeline."""
+    """First and last stage, which hold copies of a tied embedding; None on other stages and without pipeline."""
     memory: ProcessGroup
-    """On the first pipeline stage, the owners of the memory tables: row shards lie along it in rank order."""
+    """On the first pipeline stage, the owners of the memory tables, whose row shards are in rank order."""
 
     @property
     def tensor_rank(self) -> int:
-        """This process within its tensor-parallel group."""
+        """Rank of this process in its tensor-parallel group."""
         return self.tensor.rank()
 
     @property
     def tensor_size(self) -> int:
-        """Tensor-parallel processes."""
+        """Tensor-parallel size."""
         return self.tensor.size()
 
     @property
@@ -76,30 +76,30 @@ class ParallelGroups:
 
     @property
     def data_rank(self) -> int:
-        """This process within its data-parallel group."""
+        """Rank of this process in its data-parallel group."""
         return self.data.rank()
 
     @property
     def data_size(self) -> int:
-        """Data-parallel replicas."""
+        """Number of data-parallel replicas."""
         return self.data.size()
 
 
 _until_the_end = contextlib.ExitStack()
-"""What `start_distributed` switched on and `stop_distributed` switches off."""
+"""Contexts entered by `start_distributed` and left by `stop_distributed`."""
 
 
 def start_distributed(
     device: Device, world: World, timeout_minutes: float, *, deterministic: bool = False
 ) -> None:
-    """Join the job's process group, or make a group of one.
+    """Join the job's process group, or create a group of one.
 
-    Until `stop_distributed` megatron computes on `device`, and with `deterministic` the same inputs give the same
-    bits (`tide_mega.parallel.determinism`).
+    Until `stop_distributed` megatron computes on `device`, and with `deterministic` equal inputs give equal bits
+    (`tide_mega.parallel.determinism`).
 
     Raises:
-        ConfigError: several processes were announced without MASTER_ADDR and MASTER_PORT, or the environment asks
-            for what is not deterministic.
+        ConfigError: there are several processes but no MASTER_ADDR and MASTER_PORT, or the environment asks for
+            something that is not deterministic.
     """
     _until_the_end.close()
     megatron_cpu.redirect(to_cpu=not device.is_cuda)
@@ -124,10 +124,10 @@ def start_distributed(
 
 
 def make_groups(parallel: ParallelConfig, seed: int, owners: str = "tensor") -> ParallelGroups:
-    """Split the world into tensor, pipeline and data groups (megatron's order: tensor fastest).
+    """Split the world into tensor, pipeline and data groups (megatron's order: tensor varies fastest).
 
-    `owners` is `memory.owners`: tensor or tensor_data. A process that builds one model after another keeps its
-    groups while their sizes stay the same.
+    `owners` is `memory.owners`: tensor or tensor_data. A process that builds several models in turn keeps its
+    groups as long as the sizes stay the same.
     """
     if parallel_state.model_parallel_is_initialized() and not _sizes_are(parallel):
         _drop_groups()
@@ -174,16 +174,16 @@ def _embedding_group(parallel: ParallelConfig) -> ProcessGroup | None:
 
 
 def _drop_groups() -> None:
-    # Megatron forgets its groups without ending them, and each gloo group keeps threads that poll.
+    # Megatron drops its groups without destroying them, and each gloo group keeps polling threads.
     for group in getattr(parallel_state, "_global_process_group_list", None) or []:
         if group is not None and group != dist.group.WORLD:
             dist.destroy_process_group(group)
     parallel_state.destroy_model_parallel()
-    gc.collect()  # the model built on them may hold them in a cycle, and their threads with them
+    gc.collect()  # the model built on them may keep them, and so their threads, alive in a cycle
 
 
 def stop_distributed() -> None:
-    """Leave groups and device; without it gloo and NCCL threads abort the interpreter's exit now and then."""
+    """Destroy the groups and leave the device; else gloo and NCCL threads may abort at interpreter exit."""
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():
@@ -193,10 +193,10 @@ def stop_distributed() -> None:
 
 
 class Mpu:
-    """Megatron's parallel state as DeepSpeed asks for it.
+    """Megatron's parallel state in the form that DeepSpeed expects.
 
-    DeepSpeed takes data-parallel and model-parallel groups from such an object; without it the gradient
-    norm of a tensor-parallel model is silently wrong.
+    DeepSpeed takes data-parallel and model-parallel groups from such an object; without it the gradient norm of a
+    tensor-parallel model is silently wrong.
     """
 
     def __init__(self, groups: ParallelGroups) -> None:
@@ -207,7 +207,7 @@ class Mpu:
         return self.groups.model.rank()
 
     def get_model_parallel_world_size(self) -> int:
-        """Shards of a replica."""
+        """Number of shards of a replica."""
         return self.groups.model.size()
 
     def get_model_parallel_group(self) -> ProcessGroup:
@@ -231,7 +231,7 @@ class Mpu:
         return self.groups.pipeline.rank()
 
     def get_pipeline_model_parallel_world_size(self) -> int:
-        """Pipeline stages."""
+        """Number of pipeline stages."""
         return self.groups.pipeline.size()
 
     def get_pipeline_model_parallel_group(self) -> ProcessGroup:
@@ -239,11 +239,11 @@ class Mpu:
         return self.groups.pipeline
 
     def get_data_parallel_rank(self) -> int:
-        """Replica."""
+        """Index of the replica."""
         return self.groups.data.rank()
 
     def get_data_parallel_world_size(self) -> int:
-        """Replicas."""
+        """Number of replicas."""
         return self.groups.data.size()
 
     def get_data_parallel_group(self) -> ProcessGroup:
@@ -256,13 +256,13 @@ class Mpu:
 
 
 def make_host_group(timeout_minutes: float | None = None) -> ProcessGroup:
-    """Make a group of all processes that moves host memory, apart from every other; None: torch's timeout."""
+    """Create a separate group of all processes for host memory; None means torch's default timeout."""
     timeout = None if timeout_minutes is None else timedelta(minutes=timeout_minutes)
     return dist.new_group(timeout=timeout, backend="gloo")
 
 
 def sum_over(group: ProcessGroup, tensor: torch.Tensor) -> torch.Tensor:
-    """Sum `tensor` over the group, in place, and return it; free where the group has one member."""
+    """Sum `tensor` over the group in place and return it; free if the group has one member."""
     if group.size() > 1:
         dist.all_reduce(tensor, group=group)
     return tensor

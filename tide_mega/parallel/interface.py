@@ -1,7 +1,7 @@
-"""Which network interface gloo's sockets use between nodes: the one that leads to the rendezvous.
+"""Chooses the network interface of gloo's sockets between nodes: the one that leads to the rendezvous.
 
-Left to itself gloo takes the interface to which the node's own name resolves, which on many systems is loopback.
-NCCL is left to itself: it prefers InfiniBand, and the route to the rendezvous may be a slow management network.
+By default gloo takes the interface to which the node's own name resolves, which on many systems is loopback.
+NCCL is left alone: it prefers InfiniBand, and the route to the rendezvous may be a slow management network.
 """
 
 import ipaddress
@@ -17,18 +17,18 @@ _VARIABLE = "GLOO_SOCKET_IFNAME"
 
 
 def source_address(host: str) -> str | None:
-    """Return the address of this machine from which packets to `host` leave; None where there is no way."""
+    """Return this machine's source address for packets to `host`; None if there is no route."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind, protocol) as probe:
-            probe.connect(address)  # asks the kernel for the route and sends nothing
+            probe.connect(address)  # makes the kernel look up the route; sends nothing
             return str(probe.getsockname()[0])
     except OSError:
         return None
 
 
 def interface_of(address: str) -> str | None:
-    """Return the network interface that has an address."""
+    """Return the network interface with the given address."""
     for name, held in psutil.net_if_addrs().items():
         if any(entry.address.partition("%")[0] == address for entry in held):
             return name
@@ -41,10 +41,10 @@ def choose_interface(
     source: Callable[[str], str | None] = source_address,
     interface: Callable[[str], str | None] = interface_of,
 ) -> None:
-    """Set GLOO_SOCKET_IFNAME for processes on several nodes, where it is not set.
+    """Set GLOO_SOCKET_IFNAME for processes on several nodes, unless it is already set.
 
-    The first node may know its own name as a loopback address: it takes the route to another node, of those that
-    TIDE_NODES lists. Where none is found gloo chooses.
+    The first node's own name may resolve to a loopback address, so it uses the route to another node, one of those
+    listed in TIDE_NODES. If no route is found, gloo chooses.
     """
     if environment.get(_VARIABLE) or "MASTER_ADDR" not in environment:
         return

@@ -1,9 +1,7 @@
-"""What megatron-core (0.16 to 0.19) needs to compute on the CPU: there while that is the device chosen.
+"""Redirects what megatron-core (0.16 to 0.19) hard-codes for CUDA to the CPU; megatron itself stays unedited.
 
-megatron is not edited.
-
-megatron-core computes on whatever device its tensors are on, but allocates a few of them, and keeps its
-random state, through `torch.cuda` by name. Each line below says which call it serves.
+megatron-core computes on whatever device its tensors are on, but allocates a few of them, and keeps its random
+state, through `torch.cuda` by name. Each line below says which call it serves.
 """
 
 import contextlib
@@ -21,7 +19,7 @@ _REDIRECTIONS: list[tuple[Any, str, Callable[..., Any]]] = [
     # `device=torch.cuda.current_device()`: sequence-parallel buffers (layers.py, mappings.py, utils.py),
     # rotary frequencies (rotary_pos_embedding.py), pipeline receive buffers (p2p_communication.py).
     (_CUDA, "current_device", lambda: _CPU),
-    # Pipeline receives and checkpoint writers wait for the stream; the CPU has none.
+    # Pipeline receives and checkpoint writers synchronise with the stream; the CPU has none.
     (_CUDA, "synchronize", lambda *_: None),
     # The random tracker of tensor parallelism and activation recompute save and restore "the CUDA
     # generator"; the generator that every op on the CPU draws from is the CPU's.
@@ -32,11 +30,11 @@ _REDIRECTIONS: list[tuple[Any, str, Callable[..., Any]]] = [
 ]
 
 _replaced: list[Callable[..., Any]] = []
-"""What the redirections stand for, in their order, while they are there."""
+"""The original functions, in the order of the redirections, while these are active."""
 
 
 def redirect(to_cpu: bool) -> None:
-    """Point megatron's hard-coded `torch.cuda` calls at the CPU, or back at CUDA; by the device chosen."""
+    """Redirect megatron's hard-coded `torch.cuda` calls to the CPU, or restore them, depending on the device."""
     if to_cpu == is_redirected():
         return
     if to_cpu:
@@ -50,7 +48,7 @@ def redirect(to_cpu: bool) -> None:
 
 
 def is_redirected() -> bool:
-    """Whether megatron computes on the CPU in this process."""
+    """Return whether megatron's calls are redirected to the CPU in this process."""
     return bool(_replaced)
 
 
@@ -70,7 +68,7 @@ class _CudaMeansCpu(TorchFunctionMode):
 
 @contextlib.contextmanager
 def cuda_means_cpu() -> Iterator[None]:
-    """Around megatron's pipeline schedules, which allocate their token counter on "cuda" by name."""
+    """Context for megatron's pipeline schedules, which allocate their token counter on "cuda" by name."""
     if not is_redirected():
         yield
         return

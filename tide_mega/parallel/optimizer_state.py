@@ -1,7 +1,7 @@
-"""What DeepSpeed's ZeRO keeps on one data-parallel rank, parameter by parameter: read to save, written to load.
+"""The optimizer state that DeepSpeed's ZeRO keeps on one data-parallel rank, by parameter: to save and to load.
 
-ZeRO cuts the flattened parameters of a group into one range for each rank. Nothing here communicates but
-`publish`: every rank saves and loads its own range.
+ZeRO cuts the flattened parameters of a group into one range per rank. Nothing here communicates except
+`publish`: each rank saves and loads its own range.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""AdamW's moments, by torch's and apex's names."""
+"""AdamW's moments, under torch's and apex's names."""
 
 
 @dataclass(frozen=True)
@@ -19,33 +19,33 @@ class Kept:
     """A rank's share of a parameter: a range of its flattened elements, as 1-D views of the fp32 memory itself."""
 
     start: int
-    """First element of the range."""
+    """Index of the range's first element."""
     master: torch.Tensor
     exp_avg: torch.Tensor
     exp_avg_sq: torch.Tensor
 
 
 class OptimizerState:
-    """Master weights, moments and count of updates of a ZeRO 1, 2 or 3 optimizer around AdamW."""
+    """Master weights, moments and update count of a ZeRO 1, 2 or 3 optimizer around AdamW."""
 
     def __init__(self, optimizer: Any, module: nn.Module, zero_stage: int, data_rank: int) -> None:
-        """Look at DeepSpeed's optimizer of `module`; AdamW's state is made where it is not there yet."""
+        """Wrap DeepSpeed's optimizer of `module`; AdamW's state is created if it does not exist yet."""
         self._optimizer, self._module = optimizer, module
         self._is_sharded, self._data_rank = zero_stage == 3, data_rank
         self._make_moments()
 
     def kept(self, parameter: nn.Parameter) -> Kept | None:
-        """Return what this rank keeps of a parameter, None where that is nothing; writing asks for `publish`."""
+        """Return what this rank keeps of a parameter, or None; after writing to it, call `publish`."""
         if self._is_sharded:
             parts = [self._optimizer.get_local_fp32_param(parameter, key) for key in (None, *MOMENTS)]
             start = parts[0].numel() * self._data_rank
-            # The last ranks' parts are filled up with elements that are not the parameter's.
+            # The last ranks' parts are padded with elements that are not the parameter's.
             count = min(parameter.ds_numel - start, parts[0].numel())  # type: ignore[attr-defined]
             return Kept(start, *(part.detach().flatten()[:count] for part in parts)) if count > 0 else None
         mapping = parameter._hp_mapping  # type: ignore[attr-defined]
         if mapping is None:
             return None
-        # Not the mapping's own moments: DeepSpeed 0.19 links those of the first parameter group alone.
+        # Not the mapping's own moments: DeepSpeed 0.19 links only those of the first parameter group.
         flat = self._optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
         state = self._optimizer.optimizer.state[flat]
         at = mapping.get_hp_fragment_address()
@@ -55,7 +55,7 @@ class OptimizerState:
         )
 
     def publish(self) -> None:
-        """Make every rank compute with the master weights written through `kept`; collective."""
+        """Propagate master weights written through `kept` to the weights of all ranks; collective."""
         if not self._is_sharded:
             self._optimizer.update_lp_params()
             return
@@ -70,7 +70,7 @@ class OptimizerState:
 
     @property
     def updates(self) -> int:
-        """AdamW's own count of updates, by which it corrects its bias; skipped steps do not count.
+        """AdamW's update count, used for bias correction; skipped steps do not count.
 
         Raises:
             RuntimeError: parameter groups were updated different numbers of times.
@@ -96,7 +96,7 @@ class OptimizerState:
         return isinstance(self._optimizer.optimizer, torch.optim.AdamW)
 
     def _flat(self) -> list[torch.Tensor]:
-        """The flat fp32 tensors that AdamW updates."""
+        """Return the flat fp32 tensors that AdamW updates."""
         if self._is_sharded:
             return list(self._optimizer.fp32_partitioned_groups_flat)
         return list(self._optimizer.single_partition_of_fp32_groups)

@@ -1,4 +1,4 @@
-"""Driving microbatches: the one door to megatron-core's pipeline schedules."""
+"""Runs micro-batches through the pipeline: the only user of megatron-core's schedules."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -20,19 +20,20 @@ def run_microbatches(
     seq_length: int,
     forward_only: bool = False,
 ) -> list[dict[str, Tensor]]:
-    """Run forward, and unless `forward_only` backward, of every microbatch on every pipeline stage.
+    """Run forward, and unless `forward_only` backward, of every micro-batch on every pipeline stage.
 
     Args:
-        forward_step: takes the iterator and the model, returns the model's output and a function from the
-            output to (loss, extras). Megatron divides that loss by the number of microbatches.
+        forward_step: takes the iterator and the model; returns the model's output and a function from the output
+            to (loss, extras). Megatron divides that loss by the number of micro-batches.
         microbatches: what the iterator yields, in order; the same number on every rank.
-        chunks: this stage's megatron modules (`config`, `set_input_tensor`), not the DeepSpeed engine; more
-            than one with the interleaved schedule, where each is given its own iterator.
-        seq_length: tokens of a sequence, the T of the tensors between stages.
-        forward_only: evaluation, without a graph.
+        chunks: this stage's megatron modules (with `config`, `set_input_tensor`), not the DeepSpeed engine;
+        several
+            with the interleaved schedule, where each gets its own iterator.
+        seq_length: tokens of a sequence, the T of tensors sent between stages.
+        forward_only: for evaluation; builds no graph.
 
     Returns:
-        The extras of each microbatch; on the last pipeline stage only.
+        The extras of each micro-batch; on the last pipeline stage only.
     """
     with cuda_means_cpu():
         return get_forward_backward_func()(

@@ -1,1 +1,1 @@
-"""Trained models, opened to be looked at: run folders, stored rows, the model itself."""
+"""Trained models opened for inspection: run folders, stored rows, and the model itself."""

@@ -1,32 +1,33 @@
-"""A checkpoint as a running model: the training run's own layers, without optimizer, at any topology.
+"""A checkpoint as a running model: the layers of the training run, without optimizer, at any topology.
 
-Shapes: B sequences, T tokens, L layers, K blocks, J = K + 1, D width, U distinct token types of a microbatch.
+Dimensions: B sequences, T tokens, L layers, K blocks, J = K + 1, D width, U distinct token types of a micro-batch.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from tide_mega.checkpoint.weights import load_weights
 from tide_mega.config.schema import KernelConfig, ParallelConfig, TideConfig
-from tide_mega.data.batch import TokenBatch
+from tide_mega.data.loader import TokenBatch
 from tide_mega.kernels.row_lookup import sum_rows
 from tide_mega.kernels.row_norm import row_norm
 from tide_mega.kernels.token_order import TokenOrder
-from tide_mega.model.memory import EmbeddingMemory
-from tide_mega.model.passes import EvaluatedBatch, accumulate_row_gradients, evaluate_batches
+from tide_mega.model.layer import EmbeddingMemory
 from tide_mega.model.stage import TideStage
+from tide_mega.model.steps import EvaluatedBatch, accumulate_row_gradients, evaluate_batches
 from tide_mega.parallel.device import Device
 from tide_mega.parallel.groups import ParallelGroups, make_groups
 from tide_mega.trained.run import StoredWeights, TrainedRun
 
 
 @dataclass(frozen=True)
-class Inside:
-    """What a forward pass computed on its way."""
+class LayerStates:
+    """Intermediate results of a forward pass."""
 
     hidden_LBTD: Tensor
     """h of every layer, after feed-forward and memory; fp32."""
@@ -36,19 +37,19 @@ class Inside:
 
 @dataclass(frozen=True)
 class RowGradients:
-    """Gradients of a microbatch's mean loss, for each distinct id in it."""
+    """Gradients of a micro-batch's mean loss, for each distinct id in it."""
 
     ids_U: Tensor
     counts_U: Tensor
-    """Tokens of each."""
+    """Number of tokens of each id."""
     embedding_UD: Tensor
-    """Of the input embedding's row, by its path into the first layer alone."""
+    """Gradient of the input embedding's row, through its path into the first layer only."""
     tables_UKD: Tensor | None
-    """Of the rows of every table, before their norm; None without memory."""
+    """Gradient of the rows of every table, before their norm; None without memory."""
 
 
 class TrainedModel:
-    """A model with the weights of a checkpoint; torch.distributed is up (`parallel.groups.start_distributed`)."""
+    """A model with a checkpoint's weights; torch.distributed must be up (`parallel.groups.start_distributed`)."""
 
     def __init__(
         self,
@@ -59,15 +60,15 @@ class TrainedModel:
         precision: str = "fp32",
         parallel: ParallelConfig | None = None,
     ) -> None:
-        """Build and fill it; collective.
+        """Build the model and load its weights; collective.
 
         Args:
             run: the run, for its configuration.
-            device: where to compute.
-            weights: a checkpoint of the run; None means the run's own.
-            precision: fp32 or bf16, of weights and computation.
-            parallel: tensor and pipeline sizes; None means one process. What is left of the world are replicas,
-                which never wait for each other.
+            device: to compute on.
+            weights: a checkpoint of the run; None means the one with which the run was opened.
+            precision: of weights and computation: fp32 or bf16.
+            parallel: tensor and pipeline sizes; None means one process. The remaining factor of the world is
+                replicas, which never wait for each other.
         """
         self.run, self.device = run, device
         self.config: TideConfig = replace(
@@ -89,45 +90,41 @@ class TrainedModel:
         """L."""
         return self.config.model.num_layers
 
-    def score(self, batches: list[TokenBatch], *, keep_alpha: bool = False) -> list[EvaluatedBatch]:
-        """Score every label of microbatches of the same shape; collective over a replica.
+    def score(
+        self, batches: list[TokenBatch], *, routers: Literal["nothing", "null", "all"] = "nothing"
+    ) -> list[EvaluatedBatch]:
+        """Score every label of micro-batches of the same shape; collective over a replica.
 
-        `keep_alpha` keeps all router weights; in one process alone.
+        `routers` says which router weights to keep, as in `evaluate_batches`; "all" only in a single process.
         """
-        if keep_alpha:
+        if routers == "all":
             self._refuse_parallel()
-        return evaluate_batches(self.stage, [self._here(batch) for batch in batches], keep_alpha=keep_alpha)
+        return evaluate_batches(self.stage, [self._here(batch) for batch in batches], routers=routers)
 
     @contextmanager
     def silenced(self, *layers: int) -> Iterator[None]:
-        """Within it these layers, from 0, leave the memory out (paper, appendix H)."""
-        self.stage.board.silenced = frozenset(layers)
-        try:
+        """Context in which these layers, from 0, skip the memory (paper, appendix H)."""
+        with self.stage.board.silencing(layers):
             yield
-        finally:
-            self.stage.board.silenced = frozenset()
 
     @contextmanager
     def reading(self, rows_of: Callable[[Tensor], Tensor]) -> Iterator[None]:
-        """Within it forward passes read other rows than the memory's; in one process alone.
+        """Context in which forward passes read other rows than the memory's; only in a single process.
 
         Args:
-            rows_of: gives M [U, K, D], normalised, in the model's dtype, of distinct ids [U], ascending.
+            rows_of: returns M [U, K, D], normalised, in the model's dtype, of distinct ids [U], ascending.
 
         Raises:
             ValueError: there is no memory, or the model is spread over processes.
         """
         self._refuse_parallel()
         self._memory()
-        self.stage.board.rows_of = rows_of
-        try:
+        with self.stage.board.reading_from(rows_of):
             yield
-        finally:
-            self.stage.board.rows_of = None
 
     @torch.no_grad()
     def table_rows(self, ids_U: Tensor) -> Tensor:
-        """Return the rows E [U, K, D] of ids as they were trained, before their norm; in one process alone."""
+        """Return the trained rows E [U, K, D] of ids, before their norm; only in a single process."""
         self._refuse_parallel()
         tables_VKD = self._memory().tables_WKD
         assert tables_VKD is not None  # `owners` is tensor
@@ -139,8 +136,8 @@ class TrainedModel:
         memory = self._memory()
         return row_norm(memory.norm_version, rows_UKD, memory.gains_KD.to(rows_UKD.dtype), memory.norm_eps)
 
-    def look_inside(self, tokens_BT: Tensor) -> Inside:
-        """Run tokens forward and keep what every layer made of them; in one process alone."""
+    def look_inside(self, tokens_BT: Tensor) -> LayerStates:
+        """Run tokens forward and return the output of every layer; only in a single process."""
         self._refuse_parallel()
         hidden: list[Tensor] = []
 
@@ -150,17 +147,17 @@ class TrainedModel:
         batch = self._here(TokenBatch(tokens_BT, torch.full_like(tokens_BT, -1)))
         hooks = [layer.register_forward_hook(keep) for layer in self.stage.transformers[0].decoder.layers]
         try:
-            with_alpha = evaluate_batches(self.stage, [batch], keep_alpha=True)[0]
+            with_alpha = evaluate_batches(self.stage, [batch], routers="all")[0]
         finally:
             for hook in hooks:
                 hook.remove()
-        return Inside(torch.stack(hidden), with_alpha.alpha_LBTJ)
+        return LayerStates(torch.stack(hidden), with_alpha.alpha_LBTJ)
 
     def row_gradients(self, batch: TokenBatch) -> RowGradients:
-        """Differentiate the mean loss of a microbatch by the rows its tokens read; in one process alone.
+        """Differentiate the mean loss of a micro-batch by the rows that its tokens read; only in a single process.
 
-        No parameter gets a gradient and layers are computed again on the way back, so beside the model only the
-        microbatch's hidden states, one layer's activations and the rows are held.
+        No parameter gets a gradient, and layers are recomputed in the backward pass, so beside the model only the
+        micro-batch's hidden states, one layer's activations and the rows are held in memory.
         """
         self._refuse_parallel()
         batch = self._here(batch)
@@ -184,7 +181,7 @@ class TrainedModel:
         return RowGradients(ids_U, counts_U, embedding_UD, self._before_norm(ids_U, normed_UKD))
 
     def _before_norm(self, ids_U: Tensor, normed_UKD: Tensor | None) -> Tensor | None:
-        """Carry gradients of normalised rows back through the norm."""
+        """Propagate gradients of normalised rows back through the norm."""
         memory = self.stage.memory
         if normed_UKD is None or memory is None or memory.tables_WKD is None:
             return None

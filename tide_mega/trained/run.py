@@ -1,4 +1,4 @@
-"""A run folder, or one checkpoint of it, opened for reading."""
+"""A run folder, or one of its checkpoints, opened for reading."""
 
 import logging
 import re
@@ -10,23 +10,22 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from tide_mega.checkpoint import whole
-from tide_mega.checkpoint.errors import CheckpointError
+from tide_mega.checkpoint import weights as stored_weights
 from tide_mega.checkpoint.folder import CheckpointFolder, step_of
-from tide_mega.checkpoint.manifest import Manifest
 from tide_mega.checkpoint.state import SavedState, deciles_checksum
-from tide_mega.config.errors import ConfigError
+from tide_mega.checkpoint.storage import Manifest
 from tide_mega.config.hydra_door import from_yaml
 from tide_mega.config.schema import TideConfig
 from tide_mega.data.frequency import UNSEEN, DecileTable, load_counts
+from tide_mega.data.prepare.vocabulary import dataset_tokenizer
 from tide_mega.data.stream import TokenStream
 from tide_mega.data.tokenizer import Tokenizer
-from tide_mega.data.vocabulary import dataset_tokenizer
+from tide_mega.errors import CheckpointError, ConfigError
 
 log = logging.getLogger(__name__)
 
 CHUNK_ELEMENTS = 2**25
-"""Stored rows read at a time: 128 MB."""
+"""Elements of stored rows read at a time: 128 MB."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class StoredWeights:
 
     @cached_property
     def state(self) -> SavedState:
-        """What the checkpoint says of itself."""
+        """The content of the checkpoint's state.json."""
         return SavedState.read(self.path)
 
     @property
@@ -51,8 +50,8 @@ class StoredWeights:
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of every weight."""
-        stored = whole.shapes(self.path).items()
+        """The shape of every weight, by name."""
+        stored = stored_weights.shapes(self.path).items()
         return {name.removeprefix("master/"): shape for name, shape in stored if name.startswith("master/")}
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -66,19 +65,19 @@ class StoredWeights:
         return self.shapes[name]
 
     def rows(self, name: str, first: int, last: int) -> Tensor:
-        """Read rows first..last of a weight, fp32.
+        """Read rows [first, last) of a weight, fp32.
 
         Raises:
             CheckpointError: there is no such weight, or a file cannot be read.
         """
-        return whole.rows(self.path, f"master/{name}", self.shape(name), first, last)
+        return stored_weights.rows(self.path, f"master/{name}", self.shape(name), first, last)
 
     def tensor(self, name: str) -> Tensor:
         """Read a whole weight, fp32; see `rows`."""
         return self.rows(name, 0, self.shape(name)[0])
 
     def chunks(self, name: str) -> Iterator[tuple[int, Tensor]]:
-        """Yield (first row, rows) of a weight, some 128 MB at a time."""
+        """Yield (first row, rows) of a weight, about 128 MB at a time."""
         total, *columns = self.shape(name)
         rows = max(1, CHUNK_ELEMENTS // max(1, int(np.prod(columns))))
         for first in range(0, total, rows):
@@ -87,24 +86,24 @@ class StoredWeights:
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """A run folder and the checkpoint of it that is looked at."""
+    """A run folder, and the checkpoint of it that is inspected."""
 
     label: str
     folder: Path
     config: TideConfig
     weights: StoredWeights
     data: Path
-    """The prepared dataset it was trained on."""
+    """Folder of the prepared dataset on which it was trained."""
 
     @classmethod
     def open(cls, path: Path | str, label: str | None = None, data: Path | str | None = None) -> "TrainedRun":
         """Open a run folder (its newest whole checkpoint) or one checkpoint, `runs/x/checkpoints/step-00000500`.
 
-        The label is the run's name unless one is given, also as `label=path`. `data` is where the dataset lies
-        now, if not where the configuration says.
+        The label is the run's name unless one is given, possibly as `label=path`. `data` is the present location
+        of the dataset, if it differs from the configuration's.
 
         Raises:
-            ConfigError: it is neither, no checkpoint in it is whole, the dataset is not there or another one.
+            ConfigError: the path is neither, has no whole checkpoint, or the dataset is missing or another one.
             CheckpointError: the checkpoint's state cannot be read.
         """
         text = str(path)
@@ -156,29 +155,29 @@ class TrainedRun:
 
     @property
     def tokens_per_step(self) -> float:
-        """Mean over the optimizer steps up to the checkpoint: the batch may have changed on the way."""
+        """Mean over the optimizer steps up to the checkpoint, as the batch size may have changed."""
         progress = self.weights.state.progress.count_tokens(self.config.data.seq_length)
         return progress.tokens / progress.step
 
     @property
     def metrics(self) -> Path:
-        """What the run logged (`tide_mega.metrics.jsonl`)."""
+        """The run's metrics.jsonl (`tide_mega.metrics.jsonl`)."""
         return self.folder / "metrics.jsonl"
 
     def tokens_at(self, weights: StoredWeights) -> int:
-        """Training tokens consumed at one of `history`."""
+        """Return the training tokens consumed at one of the checkpoints of `history`."""
         return weights.state.progress.count_tokens(self.config.data.seq_length).consumed_tokens
 
     @cached_property
     def history(self) -> list[StoredWeights]:
-        """Every whole checkpoint of the run up to the one looked at, by step; one a step."""
+        """Return every whole checkpoint of the run up to the inspected one, by step; one per step."""
         complete = CheckpointFolder(self.folder / "checkpoints").complete()
         by_step = {step_of(path): StoredWeights(path) for path in complete if not _problems(path)}
         return [weights for weights in by_step.values() if weights.step <= self.step]
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The dataset's."""
+        """The dataset's tokenizer."""
         return dataset_tokenizer(self.data)
 
     def open_text(self, split: str) -> TokenStream:
@@ -191,27 +190,27 @@ class TrainedRun:
 
     @cached_property
     def deciles(self) -> DecileTable:
-        """Of the training text."""
+        """Frequency deciles of the training text."""
         return DecileTable.load(self.data)
 
     @cached_property
     def counts(self) -> np.ndarray:
-        """How often each type of the model's vocabulary occurs in the prepared training text [V]."""
+        """Counts of each type of the model's vocabulary in the prepared training text [V]."""
         counts = load_counts(self.data)
         return np.pad(counts, (0, self.config.model.vocab_size - len(counts)))
 
     @cached_property
     def bins(self) -> np.ndarray:
-        """The decile of each type of the model's vocabulary [V], int8, DROPPED or UNSEEN outside."""
+        """The decile of each type of the model's vocabulary [V], int8; `DROPPED` or `UNSEEN` if it has none."""
         known = self.deciles.bin_of_type
         return np.pad(known, (0, self.config.model.vocab_size - len(known)), constant_values=UNSEEN)
 
 
 def open_runs(paths: Sequence[str], data: str | None = None) -> list[TrainedRun]:
-    """Open several runs, which their labels tell apart.
+    """Open several runs, distinguished by their labels.
 
     Raises:
-        ConfigError: one cannot be opened, or two have one label.
+        ConfigError: a run cannot be opened, or two have the same label.
     """
     runs = [TrainedRun.open(path, data=data) for path in paths]
     labels = [run.label for run in runs]

@@ -1,22 +1,25 @@
-"""Held-out loss per frequency decile, the null bank's weight per layer and decile, perplexity on texts."""
+"""Evaluation: held-out loss by frequency decile, null-bank weight by layer and decile, perplexity on texts.
+
+Dimensions: B sequences, T tokens, V vocabulary, L layers.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from tide_mega.config.schema import TideConfig
-from tide_mega.data.batch import IGNORE_LABEL, TokenBatch
-from tide_mega.data.loader import validation_batches
+from tide_mega.data.loader import IGNORE_LABEL, TokenBatch, validation_batches
+from tide_mega.data.prepare.vocabulary import dataset_tokenizer
 from tide_mega.data.stream import TokenStream
 from tide_mega.data.texts import TextSet, load_texts
-from tide_mega.data.vocabulary import dataset_tokenizer
 from tide_mega.metrics.deciles import DecileLoss, NullWeight
 from tide_mega.metrics.records import EvalRecord, TextResult
-from tide_mega.model.passes import EvaluatedBatch, evaluate_batches
 from tide_mega.model.stage import TideStage
+from tide_mega.model.steps import EvaluatedBatch, evaluate_batches
 from tide_mega.parallel.groups import ParallelGroups, sum_over
 
 
@@ -24,8 +27,8 @@ def open_texts(config: TideConfig) -> list[TextSet]:
     """Read and tokenise `data.perplexity_texts`.
 
     Raises:
-        ConfigError: one is not there, or two have the same name.
-        DataError: one cannot be read or is too short.
+        ConfigError: a text does not exist, or two have the same name.
+        DataError: a text cannot be read or is too short.
     """
     if not config.data.perplexity_texts:
         return []
@@ -61,7 +64,10 @@ class Evaluator:
     def evaluate(
         self, step: int, tokens: int, *, on_progress: Callable[[], None] = lambda: None
     ) -> EvalRecord:
-        """Evaluate after `step` steps and `tokens` training tokens; `on_progress` hears of each few batches."""
+        """Return the evaluation after `step` steps and `tokens` training tokens.
+
+        `on_progress` is called before every few batches.
+        """
         self.deciles.reset()
         self.null_weights.reset()
         held_out = validation_batches(
@@ -87,17 +93,20 @@ class Evaluator:
             dp_rank=self.groups.data_rank,
             dp_size=self.groups.data_size,
         )
-        for _ in self._scored(batches, on_progress):
+        for _ in self._scored(batches, on_progress, routers="nothing"):
             pass
         return TextResult.of(self.deciles.reduce(self._over_replicas), text.num_bytes)
 
     def _scored(
-        self, batches: Iterator[TokenBatch], on_progress: Callable[[], None]
+        self,
+        batches: Iterator[TokenBatch],
+        on_progress: Callable[[], None],
+        routers: Literal["nothing", "null"] = "null",
     ) -> Iterator[EvaluatedBatch]:
-        """Yield results, added to the sums by decile; only the last pipeline stage has any."""
+        """Yield results and add each to the sums by decile; only the last pipeline stage has any."""
         for group in self._groups_of(batches):
             on_progress()
-            for result in evaluate_batches(self.stage, group):
+            for result in evaluate_batches(self.stage, group, routers=routers):
                 if result.cross_entropy_BT is not None:
                     self.deciles.update(result.cross_entropy_BT, result.labels_BT)
                     yield result
@@ -106,7 +115,7 @@ class Evaluator:
         return sum_over(self.groups.pipeline, sum_over(self.groups.data, tensor))
 
     def _groups_of(self, batches: Iterator[TokenBatch]) -> Iterator[list[TokenBatch]]:
-        """Take microbatches one by one, or one for each stage, the last group filled up with unlabelled ones."""
+        """Yield micro-batches one at a time, or with interleaving one per stage, padded with unlabelled ones."""
         size = self.groups.pipeline.size() if self.config.parallel.virtual_pipeline > 1 else 1
         while group := [TokenBatch(*(x.to(self.device) for x in batch)) for batch in islice(batches, size)]:
             first = group[0]

@@ -1,7 +1,7 @@
-"""Exported folders beside a run's checkpoints (`checkpoint.export_hf_every`), made while training goes on.
+"""Exports beside a run's checkpoints (`checkpoint.export_hf_every`), made while training continues.
 
-A process of its own makes each, by the command that a user would give, of a checkpoint that is committed: it holds
-no rank up, and whatever becomes of it the run goes on. What it says is in a file beside the folder.
+Each export runs in a process of its own, with the command that a user would give, from a committed checkpoint. It
+blocks no rank, and its failure never stops the run. Its output goes to a log file beside the exported folder.
 """
 
 import logging
@@ -18,7 +18,7 @@ import tide_mega
 log = logging.getLogger(__name__)
 
 _SECONDS_TO_END = 30.0
-"""How long an export that is asked to end may take to clear away what it has written."""
+"""Time that a terminated export has to remove what it has written."""
 
 
 @dataclass
@@ -29,27 +29,27 @@ class _Running:
 
 
 class Exports:
-    """The exports of a run; one at a time, on the rank that speaks."""
+    """The exports of a run, one at a time, on the logging rank."""
 
     def __init__(self, run: Path, precision: str) -> None:
-        """Export checkpoints of the run folder `run` to its folder `hf`, in the training's precision."""
+        """Export checkpoints of the run folder `run` to its subfolder `hf`, in the precision of training."""
         self.run, self.precision = run.resolve(), precision
         self._wanted: set[int] = set()
         self._next: int | None = None
         self._running: _Running | None = None
 
     def want(self, step: int) -> None:
-        """Export the checkpoint of a step once it is committed; until that is done it has to stay."""
+        """Request the export of a step; it starts once the checkpoint is committed, which must stay until then."""
         self._wanted.add(step)
 
     def in_use(self) -> set[int]:
-        """Return the steps whose checkpoints must not be removed; from any thread."""
+        """Return the steps whose checkpoints must not be removed; callable from any thread."""
         return set(self._wanted)
 
     def on_written(self, step: int) -> None:
-        """Export a step, if it is wanted, whose checkpoint is committed, as soon as no other is under way.
+        """Queue the export of a committed checkpoint if it was requested.
 
-        Of several that wait the newest is made.
+        It starts as soon as no other is running; if several wait, only the newest is made.
         """
         if step not in self._wanted:
             return
@@ -65,7 +65,7 @@ class Exports:
         self.poll()
 
     def poll(self) -> None:
-        """See once a step how the export under way does, and begin the one that waits for it."""
+        """Poll the running export and start the queued one when it ends; call once a step."""
         if self._running is not None and self._running.process.poll() is not None:
             self._conclude(self._running)
         if self._running is None and self._next is not None:
@@ -77,14 +77,14 @@ class Exports:
                 log.error("the export of step %d could not be begun (%s); training goes on", step, error)
 
     def finish(self) -> None:
-        """Wait for the export under way, and the one after it."""
+        """Wait for the running export and the queued one."""
         while self._running is not None:
             log.info("waiting for the export of step %d", self._running.step)
             self._running.process.wait()
             self.poll()
 
     def stop(self) -> None:
-        """End the export under way: the job may be about to be killed."""
+        """Terminate the running export: the job may be about to be killed."""
         running, waiting = self._running, self._next
         self._running = self._next = None
         if running is not None:
@@ -101,7 +101,7 @@ class Exports:
                 )
 
     def folder(self, step: int) -> Path:
-        """Return where the export of a step goes."""
+        """Return the folder of a step's export."""
         return self.run / "hf" / f"step-{step:08d}"
 
     def _by_hand(self, step: int) -> str:
@@ -118,7 +118,7 @@ class Exports:
         polite = [nice, "-n", "10"] if (nice := shutil.which("nice")) else []
         here = str(Path(tide_mega.__file__).parents[1])
         paths = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
-        # Without a GPU: nothing there is for it. In a session of its own: Ctrl-C is for the training to answer.
+        # No GPU: training has them all. A session of its own: Ctrl-C must reach the training process only.
         environment = {**os.environ, "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         with said.open("wb") as file:
             process = subprocess.Popen(

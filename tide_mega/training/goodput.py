@@ -1,18 +1,19 @@
-"""Where the wall time of a run goes, over all its restarts: goodput is the productive part of it.
+"""Goodput: where the wall time of a run goes over all its restarts, by category.
 
-Every moment since the first start belongs to exactly one category, so the categories add up to the wall time:
+Goodput is the productive share of the wall time. Every moment since the first start belongs to exactly one
+category, so the categories add up to the wall time:
 
-startup      from the birth of the process to the first step, and what is left of building
+startup      from the start of the process to the first step, as far as no other category covers it
 resume       reading a checkpoint
 compute      steps that count: the productive time
 data wait    waiting for the next step's batches
 evaluation   held-out text
-checkpoint   what training waits for a save
+checkpoint   time that training waits for a save
 skipped      steps whose update was not applied
-lost         steps done again after a restart or a rollback
-other        logging, and what is left between steps
+lost         steps repeated after a restart or a rollback
+other        logging, and everything else between steps
 shutdown     closing logs and loaders
-down         between the last sign of one process and the birth of the next
+down         between the last update of one process and the start of the next
 """
 
 import logging
@@ -24,8 +25,7 @@ from typing import Any
 
 import psutil
 
-from tide_mega.config.stored import parse_json
-from tide_mega.data.atomic import write_json
+from tide_mega.files import parse_json, write_json
 
 log = logging.getLogger(__name__)
 
@@ -35,11 +35,11 @@ CATEGORIES = (
 )
 PRODUCTIVE = "compute"
 TRAINING = ("compute", "data wait", "other")
-"""What the speed of training is measured over."""
+"""Categories that count as training time when speed is measured."""
 
 
 class Ledger:
-    """The wall time of a run by category, kept in a file from start to start."""
+    """The wall time of a run by category, kept in a file across restarts."""
 
     def __init__(
         self,
@@ -49,24 +49,24 @@ class Ledger:
         born: float | None = None,
         on_phase: Callable[[str], None] | None = None,
     ) -> None:
-        """Open the run's ledger, or begin one.
+        """Open the run's ledger, or start a new one.
 
         Args:
-            path: the file; None keeps the account in this process alone (ranks that do not write).
+            path: the file; None keeps the ledger in memory (ranks that do not write).
             clock: Unix time in seconds.
-            born: when this process began; None asks the operating system.
-            on_phase: told the category whenever it changes.
+            born: when this process started; None asks the operating system.
+            on_phase: called with the new category whenever it changes.
         """
         self._path, self._clock, self._on_phase = path, clock, on_phase
         now = clock()
         kept = _read(path)
         born = min(psutil.Process().create_time() if born is None else born, now)
         if kept:
-            born = min(max(born, kept["updated"]), now)  # a process may train one run after another
+            born = min(max(born, kept["updated"]), now)  # one process may train several runs in turn
         self.first_start: float = kept.get("first_start", born)
-        """Unix time at which the run's first process began."""
+        """Unix time at which the run's first process started."""
         self.starts: int = kept.get("starts", 0) + 1
-        """Processes that have worked on the run so far, this one included."""
+        """Starts of the run so far, this one included."""
         self._seconds: dict[str, float] = dict.fromkeys(CATEGORIES, 0.0) | kept.get("seconds", {})
         self._productive_at: dict[int, float] = {int(k): v for k, v in kept.get("productive_at", {}).items()}
         self._seconds["down"] += born - kept.get("updated", born)
@@ -75,7 +75,7 @@ class Ledger:
         self._complained = False
 
     def enter(self, category: str) -> str:
-        """From now on time belongs to `category`; return the one before."""
+        """Assign time from now on to `category`; return the previous category."""
         if category not in self._seconds:
             raise KeyError(f"{category!r} is no category of {', '.join(CATEGORIES)}")
         self._settle()
@@ -86,7 +86,7 @@ class Ledger:
 
     @contextmanager
     def spend(self, category: str) -> Iterator[None]:
-        """Time in the block belongs to `category`, but for blocks within it."""
+        """Assign the time spent in the block to `category`, except for nested blocks."""
         before = self.enter(category)
         try:
             yield
@@ -94,47 +94,47 @@ class Ledger:
             self.enter(before)
 
     def training_seconds(self) -> float:
-        """A clock that runs while this process trains, and stands in evaluation, checkpoints and the like."""
+        """Return the seconds this process has spent training, without evaluation, checkpoints and the like."""
         self._settle()
         return sum(self._elapsed[category] for category in TRAINING)
 
     def productive(self) -> float:
-        """Productive seconds so far."""
+        """Return the productive seconds so far."""
         self._settle()
         return self._seconds[PRODUCTIVE]
 
     def waste(self, since: float) -> None:
-        """The productive time since `productive()` gave `since` went into a step that was not applied."""
+        """Move productive time since `productive()` returned `since` to "skipped": the step was not applied."""
         self._move(self.productive() - since, "skipped")
 
     def mark_saved(self, step: int) -> None:
-        """A checkpoint of `step` steps is being made: what was productive until now is kept."""
+        """Note that a checkpoint after `step` steps is being saved: productive time up to now cannot be lost."""
         self._productive_at[step] = self.productive()
 
     def go_back(self, step: int) -> None:
-        """The run continues from `step` steps: what was productive since then is lost."""
+        """Move the productive time spent after `step` steps to "lost": the run continues from there."""
         self._productive_at = {s: seconds for s, seconds in self._productive_at.items() if s <= step}
         kept = self._productive_at.get(step)
-        if kept is None:  # step 0, or a checkpoint that this ledger does not know: the one before it is near
+        if kept is None:  # step 0, or a checkpoint unknown to this ledger: the known one before it is close
             kept = max(self._productive_at.values(), default=0.0)
         self._move(max(self.productive() - kept, 0.0), "lost")
 
     def seconds(self) -> dict[str, float]:
-        """Seconds by category; their sum is `wall()`."""
+        """Return the seconds by category; they sum to `wall()`."""
         self._settle()
         return dict(self._seconds)
 
     def wall(self) -> float:
-        """Seconds since the first start."""
+        """Return the seconds since the first start."""
         return sum(self.seconds().values())
 
     def goodput(self) -> float:
-        """Productive over wall time, 0 to 1."""
+        """Return productive over wall time, 0 to 1."""
         wall = self.wall()
         return self._seconds[PRODUCTIVE] / wall if wall > 0 else 0.0
 
     def write(self) -> None:
-        """Bring the file up to date, atomically; a disk that refuses is logged once."""
+        """Update the file atomically; a failing disk is logged once and not raised."""
         if self._path is None:
             return
         seconds = self.seconds()
@@ -160,14 +160,14 @@ class Ledger:
 
     def _settle(self) -> None:
         now = self._clock()
-        passed = max(now - self._since, 0.0)  # a clock that was set back
+        passed = max(now - self._since, 0.0)  # the clock may have been set back
         self._seconds[self._category] += passed
         self._elapsed[self._category] += passed
         self._since = now
 
 
 def _read(path: Path | None) -> dict[str, Any]:
-    """Return what an earlier process wrote; empty where there is nothing, or nothing legible."""
+    """Return what an earlier process wrote; empty if there is no file or it cannot be read."""
     if path is None or not path.exists():
         return {}
     try:

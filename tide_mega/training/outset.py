@@ -1,9 +1,10 @@
-"""Where a start of a run stands, and which schedule it follows.
+"""Resolves where a start of a run begins: its own newest checkpoint, a branch of another run, or step 0.
 
-It goes on from the run's newest checkpoint; without one it begins, at nothing or (`run.from`) as a branch: with
-the weights, moments and counts of another run's checkpoint. What a branch came from is kept in its checkpoints,
-in `origin.json` of its folder and in W&B's configuration. A start before the first checkpoint of its own
-branches again, at the step that origin.json names.
+A start resumes from the run's newest checkpoint. Without one it begins at step 0 or, with `run.from`, as a branch:
+with the weights, moments and counts of another run's checkpoint. The origin of a branch is kept in its
+checkpoints, in `origin.json` of its folder and in W&B's configuration. A branch that is restarted before its first
+checkpoint branches again, at the step that origin.json names. The learning-rate schedule is settled here too: the
+run's own, unless the configuration asks for a new one.
 """
 
 import logging
@@ -16,66 +17,65 @@ import torch.distributed as dist
 from tide_mega.checkpoint import Checkpointer, CheckpointError, TrainingState
 from tide_mega.checkpoint.folder import CheckpointFolder, step_of
 from tide_mega.checkpoint.state import SavedState, check_model, model_sizes
-from tide_mega.config.describe import keyed
-from tide_mega.config.errors import ConfigError, refuse
+from tide_mega.config.help import keyed
 from tide_mega.config.schema import TideConfig
-from tide_mega.config.stored import parse_json
 from tide_mega.config.validate import parent_of
-from tide_mega.data.atomic import write_json
-from tide_mega.training.course import Course, Position
-from tide_mega.training.runfolder import RunFolder, differences, read_config, remote_folder
-from tide_mega.training.schedule import Schedule
+from tide_mega.errors import ConfigError, refuse
+from tide_mega.files import parse_json, write_json
+from tide_mega.run.course import Course, Position
+from tide_mega.run.folder import RunFolder, differences, read_config, remote_folder
+from tide_mega.training.optimizer import Schedule
 
 log = logging.getLogger(__name__)
 
 ORIGIN, SCHEDULE = "origin", "schedule"
-"""Names under which checkpoints keep what a branch came from, and the schedule."""
+"""Keys under which checkpoints keep the origin of a branch, and the schedule."""
 _COMPARED = ("memory", "data", "optim", "trainer")
 
 
 @dataclass(frozen=True)
 class Origin:
-    """The checkpoint that a branch came from."""
+    """The checkpoint that a branch started from."""
 
     run: str
-    """Folder of the parent run, as `run.from` named it."""
+    """Folder of the parent run, as given in `run.from`."""
     path: str
-    """Its checkpoint's folder, absolute."""
+    """Absolute path of its checkpoint."""
     save_id: str
     step: int
     tokens: int
     samples: int
-    """Sequences of the parent's data that it had consumed."""
+    """Sequences that the parent had consumed of its data."""
     continues_data: bool
-    """Whether the branch goes on in the parent's order; else its own order begins anew."""
+    """Whether the branch continues in the parent's data order; else it starts an order of its own."""
     rate: float
-    """What the parent's schedule has for its next update."""
+    """Learning rate that the parent's schedule gives its next update."""
     schedule: dict[str, Any]
-    """The parent's."""
+    """The parent's schedule."""
     wandb_run_id: str | None
 
     @classmethod
     def of(cls, state: TrainingState) -> "Origin | None":
-        """Return what a run came from; None where it began at nothing."""
+        """Return the origin of a branch; None for a run that began at step 0."""
         kept = state.extra.get(ORIGIN)
         return None if kept is None else cls(**kept)
 
 
 @dataclass(frozen=True)
 class Outset:
-    """Where a start stands."""
+    """The state and schedule that a start of a run begins with."""
 
     state: TrainingState
     schedule: Schedule
     is_resumed: bool
-    """Whether from a checkpoint of the run's own."""
+    """Whether the state is from a checkpoint of the run itself."""
 
 
 def check_outset(config: TideConfig, course: Course) -> None:
-    """Refuse, before anything is loaded, what a run without checkpoints could not begin with.
+    """Check, before anything is loaded, that a run without checkpoints can begin.
 
     Raises:
-        ConfigError: the schedule does not fit, or the parent or its checkpoint is not there.
+        ConfigError: the schedule does not fit, or the parent run or its checkpoint does not exist.
     """
     folder = RunFolder.of(config)
     if config.checkpoint.resume and _has_checkpoints(config, folder):
@@ -103,7 +103,7 @@ def check_outset(config: TideConfig, course: Course) -> None:
     try:
         saved = SavedState.read(at)
     except CheckpointError:
-        return  # what is wrong with it is said when it is verified
+        return  # reported when the checkpoint is verified
     check_model(model_sizes(config), saved.identity.model, at, "or branch from another run")
     was = saved.progress.count_tokens(read_config(RunFolder(path)).data.seq_length)
     if course.is_complete(was):
@@ -114,11 +114,11 @@ def check_outset(config: TideConfig, course: Course) -> None:
 
 
 def set_out(config: TideConfig, course: Course, folder: RunFolder, checkpoints: Checkpointer) -> Outset:
-    """Load what the run goes on from, and settle its schedule; collective.
+    """Load the state that the run continues from, and settle its schedule; collective.
 
     Raises:
-        CheckpointError: there are checkpoints, and none that is asked for can be used.
-        ConfigError: they are of another run, or a new schedule does not fit.
+        CheckpointError: there are checkpoints, but none of those asked for is usable.
+        ConfigError: they belong to another run, or a new schedule does not fit.
     """
     state = checkpoints.resume()
     is_resumed = state is not None
@@ -130,7 +130,7 @@ def set_out(config: TideConfig, course: Course, folder: RunFolder, checkpoints: 
         state, schedule = _branch(config, course, folder, checkpoints, *parent)
     else:
         state, schedule = TrainingState(), Schedule.of(config.optim, course)
-        if _speaks():
+        if _is_logging_rank():
             folder.origin.unlink(missing_ok=True)
             log.info("learning rate: %s", schedule.describe())
     return Outset(state, schedule, is_resumed)
@@ -172,7 +172,7 @@ def _branch(
         batches=was.step,
     )
     schedule = _of_configuration(config, course, origin, origin.rate)
-    if _speaks():
+    if _is_logging_rank():
         _describe(config, before, origin, old, schedule)
         write_json(folder.origin, asdict(origin))
     return state, schedule
@@ -207,10 +207,10 @@ def _describe(config: TideConfig, before: TideConfig, origin: Origin, old: Sched
 
 
 def _settle(config: TideConfig, course: Course, state: TrainingState) -> Schedule:
-    """Return the schedule that a resumed run follows: its own, or where that is asked for the configuration's."""
+    """Return the schedule of a resumed run: its own, or the configuration's if that is asked for."""
     optim, kept, origin = config.optim, state.extra.get(SCHEDULE), Origin.of(state)
     rate = 0.0 if origin is None else origin.rate
-    if kept is None:  # a checkpoint of a first version
+    if kept is None:  # a checkpoint written before schedules were kept
         return _of_configuration(config, course, origin, rate)
     own = Schedule.from_json(kept)
     try:
@@ -218,10 +218,10 @@ def _settle(config: TideConfig, course: Course, state: TrainingState) -> Schedul
     except ConfigError as error:
         if optim.reschedule:
             raise
-        if _speaks():
+        if _is_logging_rank():
             log.warning("the run keeps its schedule (%s); another cannot be made: %s", own.describe(), error)
         return own
-    if new != own and _speaks():
+    if new != own and _is_logging_rank():
         log.warning(
             "learning rate of step %d: %.2e by the run's schedule (%s), %.2e by that of %s (%s); %s",
             state.step + 1,
@@ -238,10 +238,10 @@ def _settle(config: TideConfig, course: Course, state: TrainingState) -> Schedul
 
 
 def _of_configuration(config: TideConfig, course: Course, since: Position | None, rate: float) -> Schedule:
-    """Make the schedule of a run from its beginning, or of a branch since a position where its parent has `rate`.
+    """Return the configured schedule: of a run, or of a branch from `since`, where its parent has `rate`.
 
     Raises:
-        ConfigError: its parts do not fit.
+        ConfigError: warm-up and cooldown do not fit.
     """
     optim = config.optim
     if since is None:
@@ -258,7 +258,7 @@ def _of_configuration(config: TideConfig, course: Course, since: Position | None
 
 
 def _parent(config: TideConfig, folder: RunFolder) -> tuple[Path, int | None] | None:
-    """Return the run folder and the step that a run without checkpoints branches from; None where from nothing."""
+    """Return parent folder and step that a run without checkpoints branches from; None if it is no branch."""
     asked = parent_of(config)
     if not config.checkpoint.resume or not folder.origin.exists():
         return asked
@@ -273,7 +273,7 @@ def _parent(config: TideConfig, folder: RunFolder) -> tuple[Path, int | None] | 
 
 
 def _check_origin(config: TideConfig, folder: RunFolder, origin: Origin | None) -> None:
-    """Refuse to go on in the folder of another branch; folders may have moved, so their names are compared."""
+    """Refuse to continue in the folder of another branch; compares names only, since folders may have moved."""
     if (asked := parent_of(config)) is None:
         return
     path, step = asked
@@ -290,5 +290,5 @@ def _has_checkpoints(config: TideConfig, folder: RunFolder) -> bool:
     return any(CheckpointFolder(place).complete() for place in places if place is not None)
 
 
-def _speaks() -> bool:
+def _is_logging_rank() -> bool:
     return dist.get_rank() == 0

@@ -1,37 +1,56 @@
-"""What a training run is built from: streams, model under its engine, deciles, and what is said of them."""
+"""Builds the parts of a training run (precision, streams, model, engine, deciles, checkpoints) and logs them."""
 
 import logging
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from tide_mega.checkpoint import Checkpointer, Identity
-from tide_mega.config.errors import ConfigError
 from tide_mega.config.schema import TideConfig
 from tide_mega.config.sizes import count_parameters
 from tide_mega.data.frequency import UNSEEN, DecileTable
 from tide_mega.data.stream import TokenStream
+from tide_mega.errors import ConfigError
 from tide_mega.model.stage import TideStage
 from tide_mega.model.weights import initialise
 from tide_mega.parallel.device import Device, attention_name, describe_libraries
 from tide_mega.parallel.engine import Engine
 from tide_mega.parallel.engine_settings import EngineOptions, optimizer_name
 from tide_mega.parallel.groups import ParallelGroups
-from tide_mega.training.course import Course
+from tide_mega.run.course import Course
+from tide_mega.run.folder import RunFolder, read_config
 from tide_mega.training.optimizer import parameter_groups
-from tide_mega.training.peak import describe_peak, peak_tflops
-from tide_mega.training.runfolder import RunFolder
+from tide_mega.training.throughput import describe_peak, peak_tflops
 
 log = logging.getLogger(__name__)
 
 
+def resolve_precision(config: TideConfig, device: Device) -> TideConfig:
+    """Resolve `trainer.precision=auto`; collective.
+
+    A resumed run keeps the precision it started with. A new one takes bf16 if matrix products are faster in it on
+    the devices of all processes, else fp32.
+    """
+    if config.trainer.precision != "auto":
+        return config
+    folder = RunFolder.of(config)
+    if folder.config.exists():
+        precision = read_config(folder).trainer.precision
+    else:
+        is_fast = torch.tensor(int(device.has_fast_bf16()), device=device.torch_device)
+        dist.all_reduce(is_fast, op=dist.ReduceOp.MIN)
+        precision = "bf16" if is_fast else "fp32"
+    return replace(config, trainer=replace(config.trainer, precision=precision))
+
+
 def open_stream(config: TideConfig, split: str, *, is_quiet: bool) -> TokenStream:
-    """Open a split of `data.path`; shards that are skipped are named unless `is_quiet`.
+    """Open a split of `data.path`; skipped shards are logged unless `is_quiet`.
 
     Raises:
-        ConfigError: the data has a larger vocabulary than the model.
-        DataError: the data is not there or damaged.
+        ConfigError: the vocabulary of the data is larger than the model's.
+        DataError: the data is missing or damaged.
     """
     model = config.model
     stream = TokenStream.of_run(
@@ -46,14 +65,14 @@ def open_stream(config: TideConfig, split: str, *, is_quiet: bool) -> TokenStrea
 
 
 def build_stage(config: TideConfig, groups: ParallelGroups, device: Device) -> TideStage:
-    """Build this process's part of the model, with its share of the initial weights."""
+    """Build this process's stage of the model and fill it with its share of the initial weights."""
     stage = TideStage(config, groups, device.torch_device)
     initialise(stage, config.model, config.memory, config.trainer.seed)
     return stage.to(device.torch_device)
 
 
 def build_engine(config: TideConfig, stage: TideStage, device: Device, accumulation: int) -> Engine:
-    """Put a stage under DeepSpeed."""
+    """Wrap a stage in a DeepSpeed engine; `accumulation` is the number of micro-batches in a step."""
     options = EngineOptions(
         zero_stage=config.parallel.zero_stage,
         precision=config.trainer.precision,
@@ -67,7 +86,7 @@ def build_engine(config: TideConfig, stage: TideStage, device: Device, accumulat
 
 
 def decile_bins(config: TideConfig) -> Tensor:
-    """Return the decile of each type of the model's vocabulary [V]; those beyond the tokenizer's are unseen."""
+    """Return the decile of each type of the model's vocabulary [V]; ids beyond the tokenizer's are `UNSEEN`."""
     bins_V = torch.full((config.model.vocab_size,), UNSEEN, dtype=torch.int8)
     known = torch.from_numpy(DecileTable.load(config.data.path).bin_of_type)
     bins_V[: known.numel()] = known
@@ -77,14 +96,14 @@ def decile_bins(config: TideConfig) -> Tensor:
 def open_checkpoints(
     config: TideConfig, folder: RunFolder, engine: Engine, stream: TokenStream, bins_V: Tensor
 ) -> Checkpointer:
-    """Open the run folder's checkpoints, for this model, data and deciles [V] alone; collective."""
+    """Open the run folder's checkpoints, accepting only this model, data and deciles [V]; collective."""
     bins = bins_V.cpu().numpy().tobytes()
     identity = Identity.of(config, stream.fingerprint, bins, dist.get_world_size())
     return Checkpointer(folder.checkpoints, engine, config.model, config.checkpoint, identity)
 
 
 def device_peak(config: TideConfig, device: Device, *, is_quiet: bool) -> float | None:
-    """Return the TFLOP/s that MFU is measured against, from the configuration or known of the device."""
+    """Return the peak TFLOP/s for MFU: the configured value, else the known one of the device, else None."""
     configured = config.cluster.peak_tflops
     peak = configured or peak_tflops(device.name, config.trainer.precision)
     if not is_quiet:
@@ -100,7 +119,7 @@ def describe(
     stream: TokenStream,
     held_out: TokenStream,
 ) -> None:
-    """Log what is about to run."""
+    """Log the model, topology, precision, kernels, libraries and data of the run."""
     groups = stage.groups
     count = count_parameters(config.model, config.memory)
     log.info(

@@ -1,33 +1,123 @@
-"""Tokens per second, MFU and time to the end, of training itself."""
+"""Speed of training: tokens per second, MFU and time left; peak rates of devices; bytes moved by libraries.
+
+- `peak_tflops`: peak arithmetic rate of a device, the denominator of MFU.
+- `count_step`: bytes per step that megatron-core and DeepSpeed move: activations between pipeline stages, and the
+  collectives of data parallelism.
+- `Throughput`: measures training alone; evaluation and checkpoints are left out.
+"""
 
 import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
+from tide_mega.config.gpus import find_gpu
+from tide_mega.config.schema import TideConfig
+from tide_mega.memory.traffic import TrafficMeter, size
+from tide_mega.model.stage import TideStage
+from tide_mega.parallel.device import DTYPES
+
+BYTES = {"fp32": 4, "bf16": 2}
+
+
+def peak_tflops(device_name: str, precision: str) -> float | None:
+    """Return the peak TFLOP/s of one device for dense matrix products; None if the device is not known.
+
+    `device_name` is that of torch.cuda.get_device_name, or "cpu". For "cpu" the rate is measured with matrix
+    products for about 0.3 s on torch's current threads: an attainable rate, not one from a data sheet.
+
+    Raises:
+        ValueError: `precision` is neither bf16 nor fp32.
+    """
+    if precision not in DTYPES:
+        raise ValueError(f"precision is {precision!r}: must be one of bf16, fp32")
+    if device_name == "cpu":
+        return measured_cpu_tflops(DTYPES[precision])
+    gpu = find_gpu(device_name)
+    return None if gpu is None else gpu.tflops(precision)
+
+
+def describe_peak(device_name: str, tflops: float | None, *, configured: bool = False) -> str:
+    """Return a line for the start-up log: the peak rate that MFU refers to, and its source.
+
+    `configured` marks a rate that the user set as cluster.peak_tflops.
+    """
+    if tflops is None:
+        return f"MFU is left out: no peak known for {device_name!r}; set cluster.peak_tflops"
+    source = "measured with matrix products for 0.3 s" if device_name == "cpu" else "data sheet, dense"
+    source = "cluster.peak_tflops" if configured else source
+    return f"MFU against {tflops:.4g} TFLOP/s a device ({source})"
+
+
+def measured_cpu_tflops(dtype: torch.dtype, seconds: float = 0.3, size: int = 1024) -> float:
+    """Return the best TFLOP/s of a [size, size] product within `seconds`, after one warm-up product."""
+    a = torch.ones(size, size, dtype=dtype)
+    b = torch.ones(size, size, dtype=dtype)
+    torch.mm(a, b)
+    best = float("inf")
+    end = time.perf_counter() + seconds
+    while (start := time.perf_counter()) < end or best == float("inf"):
+        torch.mm(a, b)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best / 1e12
+
+
+def count_step(meter: TrafficMeter, stage: TideStage, config: TideConfig, microbatches: int) -> None:
+    """Count the bytes that megatron's schedule and DeepSpeed's ZeRO move for this rank in one optimizer step.
+
+    Pipeline: each micro-batch's hidden state [T, B, D] (T tokens, B sequences, D hidden size; its slice under
+    sequence parallelism) crosses each boundary between chunks once in the forward pass, and its gradient once in
+    the backward pass. Data parallelism over n replicas: reduce-scatter of the gradient and all-gather of the
+    weights, (n - 1) / n of each; ZeRO-3 instead gathers the weights for forward and backward of every
+    micro-batch.
+    """
+    pipeline, stages = stage.groups.pipeline, stage.groups.pipeline.size()
+    width = BYTES[config.trainer.precision]
+    if stages > 1:
+        tokens = config.data.seq_length * config.trainer.micro_batch_size
+        if config.parallel.sequence_parallel:
+            tokens //= stage.groups.tensor_size
+        tensor = tokens * config.model.hidden_size * width * microbatches
+        chunks = config.parallel.virtual_pipeline
+        out_borders = chunks - (pipeline.rank() == stages - 1)
+        in_borders = chunks - (pipeline.rank() == 0)
+        # Activations leave over outgoing boundaries and arrive over incoming ones; gradients the other way.
+        crossing = (out_borders + in_borders) * tensor
+        meter.add("pipeline", crossing, crossing)
+    replicas = stage.groups.data_size
+    if replicas > 1:
+        weights = sum(size(parameter) for parameter in stage.parameters())
+        if config.parallel.zero_stage == 3:
+            weights = sum(getattr(p, "ds_numel", p.numel()) * width for p in stage.parameters())
+        gathers = 2 * microbatches if config.parallel.zero_stage == 3 else 1
+        moved = (1 + gathers) * weights * (replicas - 1) / replicas
+        meter.add("data parallel", moved, moved)
+
 
 @dataclass(frozen=True)
 class Reading:
-    """Speed since the reading before."""
+    """Speed since the previous reading."""
 
     tokens_per_second: float
     """Over all devices."""
     mfu: float | None
-    """Model FLOPs utilisation, 0 to 1; None where the device's peak is not known."""
+    """Model FLOPs utilisation, 0 to 1; None if the device's peak is not known."""
     step_seconds: float
     eta_seconds: float
-    """Training time left at the pace of the last readings; evaluation and checkpoints come on top."""
+    """Training time left at the speed of the last readings, without evaluation and checkpoints."""
 
 
 class Throughput:
-    """Measures windows of steps, by a clock that runs only while the run trains.
+    """Measures the speed of windows of steps, with a clock that runs only while the run trains.
 
     MFU = tokens per second / devices * FLOPs per token / peak FLOPs per second of a device, where FLOPs
-    per token is `tide_mega.config.sizes.flops_per_token`: 6 per matrix parameter plus attention; the
-    memory tables are not in it, a lookup multiplies nothing.
+    per token is `tide_mega.config.sizes.flops_per_token`: 6 per matrix parameter plus attention. The memory
+    tables do not count, since a lookup multiplies nothing.
 
-    On a GPU, call `read` where the host has just waited for the device (to fetch the loss, say), else
-    it times the enqueuing of work.
+    On a GPU, call `read` right after the host has synchronised with the device (to fetch the loss, for example);
+    otherwise it times the enqueuing of work.
     """
 
     def __init__(
@@ -40,9 +130,9 @@ class Throughput:
         eta_windows: int = 20,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """Take the peak TFLOP/s of one device (or None), the steps of the whole run, and the clock:
+        """Take the peak TFLOP/s of one device (or None), the total steps of the run, and the clock.
 
-        `Ledger.training_seconds` leaves out evaluation, checkpoints and the like.
+        The clock `Ledger.training_seconds` leaves out evaluation, checkpoints and the like.
         """
         self._flops_per_token = flops_per_token
         self._devices = devices
@@ -55,15 +145,15 @@ class Throughput:
         self._since = 0.0
 
     def start(self, step: int, tokens: int) -> None:
-        """Begin, with so many steps done and tokens read over all devices (those before a resume are not ours)."""
+        """Start measuring after `step` steps and `tokens` tokens over all devices; earlier ones do not count."""
         self._step, self._tokens = step, tokens
         self._since = self._clock()
 
     def read(self, step: int, tokens: int) -> Reading:
-        """Close the window, with so many steps done and tokens read, and open the next.
+        """Close the window after `step` steps and `tokens` tokens, and open the next.
 
         Raises:
-            ValueError: if not started, or if no step was done since the last reading.
+            ValueError: not started, or no step since the last reading.
         """
         if self._step is None:
             raise ValueError("the meter is not started: call start before read")

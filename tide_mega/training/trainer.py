@@ -1,50 +1,117 @@
-"""The training run: what is built, in order, and the loop."""
+"""The training run: assembles its parts in order, runs the loop, and reacts to faulty steps.
+
+A step that the fault policy does not apply as usual is logged and, if the verdict says so, undone by a rollback
+to the newest checkpoint (`Reactions`).
+"""
 
 import logging
 import sys
+from dataclasses import replace
 
 import torch.distributed as dist
 
+from tide_mega.checkpoint import Checkpointer, TrainingState
 from tide_mega.config.schema import TideConfig
 from tide_mega.config.validate import validate
-from tide_mega.data.batch import TokenBatch
-from tide_mega.model.passes import Ahead, compute_gradients, read_ahead
+from tide_mega.data.loader import TokenBatch
 from tide_mega.model.stage import TideStage
+from tide_mega.model.steps import Ahead, compute_gradients, read_ahead
 from tide_mega.parallel.affinity import take_cores
 from tide_mega.parallel.device import choose_device
 from tide_mega.parallel.groups import World, make_groups, make_host_group, start_distributed, stop_distributed
+from tide_mega.run.course import Course, Stride
+from tide_mega.run.folder import RunFolder, finished_run, held, open_run_folder
+from tide_mega.run.stop import Agreement, Interrupt, RunStoppedError, job_interrupt
 from tide_mega.training import setup
-from tide_mega.training.batches import StepBatches
-from tide_mega.training.course import Course, Stride
+from tide_mega.training.batches import LeftOut, StepBatches
 from tide_mega.training.evaluation import Evaluator, open_texts
 from tide_mega.training.exports import Exports
 from tide_mega.training.faults.guard import StepGuard
-from tide_mega.training.faults.policy import Action, DivergedError
+from tide_mega.training.faults.policy import Action, DivergedError, Verdict
 from tide_mega.training.faults.watchdog import Watchdog, hang_seconds
 from tide_mega.training.goodput import Ledger
-from tide_mega.training.interrupt import Agreement, Interrupt, RunStoppedError, job_interrupt
-from tide_mega.training.left_out import LeftOut
 from tide_mega.training.loggers import Loggers, open_loggers
 from tide_mega.training.outset import SCHEDULE, check_outset, set_out
-from tide_mega.training.precision import resolve_precision
-from tide_mega.training.reactions import EVALUATION_DUE, FAULTS, Reactions
-from tide_mega.training.reporting import Reporter
-from tide_mega.training.runfolder import RunFolder, finished_run, held, open_run_folder
-from tide_mega.training.schedule_traffic import count_step
-
-log = logging.getLogger(__name__)
+from tide_mega.training.report import Reporter
+from tide_mega.training.setup import resolve_precision
+from tide_mega.training.throughput import count_step
 
 __all__ = ["DivergedError", "Trainer", "train"]
 
 
+log = logging.getLogger(__name__)
+
+FAULTS = "faults"
+"""Key under which checkpoints keep the state of the fault policy."""
+EVALUATION_DUE = "evaluation_due"
+"""Key under which a checkpoint notes that the evaluation due after its step has not been made yet."""
+EVENTS = {Action.APPLY: "spike", Action.SKIP: "skipped", Action.ROLL_BACK: "rollback"}
+
+
+class Reactions:
+    """Handles faulty steps: logs them and, if configured, rolls the run back to the newest checkpoint."""
+
+    def __init__(
+        self,
+        state: TrainingState,
+        guard: StepGuard,
+        checkpoints: Checkpointer,
+        ledger: Ledger,
+        reporter: Reporter,
+    ) -> None:
+        self._state, self._guard, self._checkpoints = state, guard, checkpoints
+        self._ledger, self._reporter = ledger, reporter
+
+    def deal_with(self, verdict: Verdict, productive: float) -> Action:
+        """Handle a faulty step: log it, after rolling back if that is the verdict; collective.
+
+        Args:
+            verdict: of the step just made.
+            productive: the ledger's productive seconds before the step.
+
+        Returns:
+            The action taken: the verdict's, except that a rollback without a checkpoint becomes a skip.
+
+        Raises:
+            DivergedError: faults are more frequent than the `faults` section allows.
+        """
+        at_step = self._state.step
+        if verdict.action is Action.SKIP:
+            self._ledger.waste(productive)
+        self._guard.tell(verdict, at_step)
+        if verdict.action is Action.ROLL_BACK and not self._roll_back():
+            verdict = replace(verdict, action=Action.SKIP)
+            self._ledger.waste(productive)
+            counts = self._guard.policy.counts  # the rollback that was decided on is already counted
+            counts.rollbacks -= 1
+            counts.skipped_steps += 1
+            counts.skipped_in_a_row += 1
+            self._guard.tell(verdict, at_step)
+        self._reporter.log_event(EVENTS[verdict.action], verdict, at_step)
+        return verdict.action
+
+    def _roll_back(self) -> bool:
+        """Load the newest checkpoint but keep the data position; return whether there was a checkpoint."""
+        with self._ledger.spend("resume"):
+            loaded = self._checkpoints.restore()
+        if loaded is None:
+            log.warning("there is no whole checkpoint to go back to")
+            return False
+        self._state.go_back_to(loaded)
+        self._guard.policy.rewind(self._state.extra.get(FAULTS, {}))
+        self._ledger.go_back(self._state.step)
+        self._reporter.rewind()
+        return True
+
+
 def train(config: TideConfig) -> RunFolder:
-    """Train, or finish training, the run that the configuration describes; return its folder.
+    """Start or resume the run that the configuration describes, train it to its end, and return its folder.
 
     Raises:
         ConfigError: the configuration cannot run here, or does not fit the run folder or the data.
-        DivergedError: steps went wrong more often than `faults` allows.
-        FolderTakenError: another process is at work in the run folder.
-        RunStoppedError: a signal came or the job's time is nearly up, and a checkpoint is written.
+        DivergedError: faults are more frequent than the `faults` section allows.
+        FolderTakenError: another process is using the run folder.
+        RunStoppedError: a signal arrived or the job is nearly out of time; a checkpoint has been written.
     """
     world = World.from_environment()
     validate(config, world.size)
@@ -65,7 +132,7 @@ def train(config: TideConfig) -> RunFolder:
                 trainer.close()
         return trainer.folder
     except RunStoppedError:
-        dist.barrier()  # SLURM ends the tasks that outlive the first by long, and rank 0 has logs to write out
+        dist.barrier()  # SLURM kills tasks that long outlive the first to exit, and rank 0 has logs to flush
         raise
     finally:
         stop_distributed()
@@ -121,7 +188,7 @@ class Trainer:
         )
         self.left_out = LeftOut(self.stream, self.batches, self.state, self._host)
         evaluates_again = bool(self.state.extra.get(EVALUATION_DUE))
-        # At the present batch; a rollback leaves it as it is.
+        # Assumes the current batch size; a rollback does not change it.
         total_steps = self.course.total_steps(self.state)
         self.reporter = Reporter(
             config,
@@ -144,20 +211,20 @@ class Trainer:
 
     @property
     def stage(self) -> TideStage:
-        """This process's part of the model."""
+        """This process's pipeline stage of the model."""
         return self.engine.module
 
     @property
     def accumulation(self) -> int:
-        """Microbatches of this rank in an optimizer step."""
+        """Micro-batches that this rank runs in an optimizer step."""
         trainer = self.config.trainer
         return trainer.global_batch_size // (trainer.micro_batch_size * self.groups.data_size)
 
     def run(self) -> None:
-        """Train from where the run stands to its end.
+        """Train from the current position to the end of the run.
 
         Raises:
-            RunStoppedError: asked to stop before the end; a checkpoint is written.
+            RunStoppedError: asked to stop before the end; a checkpoint has been written.
         """
         if self.course.is_complete(self.state):
             log.info("%s is complete: %d steps done, nothing to train", self.folder.path, self.state.step)
@@ -198,7 +265,7 @@ class Trainer:
             if logged:
                 self.reporter.log_step(lr, done)
             evaluation_due = made.is_due(config.trainer.eval_every)
-            if stop is not None:  # a kill may be near: the evaluation is left to the continued run
+            if stop is not None:  # the process may be killed soon: the resumed run makes the evaluation
                 log.info("%s: saving after step %d, then stopping", stop, state.step)
                 self._save(made, evaluation_due=evaluation_due)
             elif evaluation_due:
@@ -215,7 +282,7 @@ class Trainer:
     def _step(
         self, stride: Stride, batches: list[TokenBatch], ahead: Ahead | None, lr: float, *, logged: bool
     ) -> Action:
-        """Make one optimizer step, and deal with what may be wrong with it; say what became of it."""
+        """Run one optimizer step and handle its faults; return the action that was taken."""
         config, state = self.config, self.state
         productive = self.ledger.productive()
         self.ledger.enter("compute")
@@ -245,7 +312,7 @@ class Trainer:
         return verdict.action if verdict.reason is None else self.reactions.deal_with(verdict, productive)
 
     def close(self) -> None:
-        """End loader processes, close logs, release the engine; say how the run went."""
+        """Stop the loader processes, close the logs, release the engine, and write the run's summary."""
         error = sys.exception()
         has_trained = self.ledger.enter("shutdown") != "startup"
         try:
@@ -266,7 +333,7 @@ class Trainer:
                 self.reporter.summarise(self.folder, error)
 
     def _next(self) -> tuple[Stride | None, list[TokenBatch]]:
-        """Return the step that is next and its batches; None where the run is complete."""
+        """Return the next step and its batches; None if the run is complete."""
         if self.course.is_complete(self.state):
             return None, []
         stride = self.course.next(self.state)

@@ -5,10 +5,9 @@ import sys
 import pytest
 import torch
 
-from tide_mega.config.errors import ConfigError
-from tide_mega.data.errors import DataError
-from tide_mega.model.passes import StepResult
-from tide_mega.training.faults.injector import Injector
+from tide_mega.errors import ConfigError, DataError
+from tide_mega.model.steps import StepResult
+from tide_mega.training.faults.guard import Injector
 
 RESULT = StepResult(torch.tensor(6.0), torch.tensor(1.0), torch.tensor(3), [])
 
@@ -71,7 +70,7 @@ def test_an_unknown_fault_is_refused(tmp_path):
 @pytest.mark.slow
 def test_a_kill_is_a_kill_and_comes_once(tmp_path):
     code = (
-        "from pathlib import Path; from tide_mega.training.faults.injector import Injector\n"
+        "from pathlib import Path; from tide_mega.training.faults.guard import Injector\n"
         f"Injector(['kill@2:0'], 0, Path({str(tmp_path / 'marks')!r})).before(2); print('alive')"
     )
     first, second = (

@@ -1,5 +1,5 @@
 from tide_mega.parallel.device import choose_device
-from tide_mega.training.faults.own_time import OwnTime
+from tide_mega.training.faults.stragglers import OwnTime
 
 
 def test_intervals_add_up_until_they_are_taken():

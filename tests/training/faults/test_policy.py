@@ -4,8 +4,7 @@ import math
 import pytest
 
 from tide_mega.config.schema import FaultConfig
-from tide_mega.training.faults.policy import Action, DivergedError, FaultPolicy
-from tide_mega.training.faults.vote import Vote
+from tide_mega.training.faults.policy import Action, DivergedError, FaultPolicy, Vote
 
 
 def vote(loss=2.0, loss_ok=True, gradient_ok=True):

@@ -4,7 +4,7 @@ import statistics
 
 import pytest
 
-from tide_mega.training.faults.spike import SpikeWindow
+from tide_mega.training.faults.policy import SpikeWindow
 
 
 def test_the_score_of_a_hand_made_window():

@@ -1,6 +1,6 @@
 import pytest
 
-from tide_mega.training.faults.straggler import Stragglers
+from tide_mega.training.faults.stragglers import Stragglers
 
 FOUR = [(0, "a"), (0, "a"), (1, "b"), (1, "c")]
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tide_mega.model.passes import StepResult
-from tide_mega.training.faults.vote import take_vote
+from tide_mega.model.steps import StepResult
+from tide_mega.training.faults.policy import take_vote
 
 
 def vote_of(cases):

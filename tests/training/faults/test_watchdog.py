@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from tide_mega.config.exits import Exit
 from tide_mega.config.schema import TideConfig
+from tide_mega.errors import Exit
 from tide_mega.training.faults.watchdog import Watchdog, hang_seconds
 
 

@@ -3,8 +3,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tide_mega.data.batch import TokenBatch
-from tide_mega.training.live.null_weights import StepNullWeights
+from tide_mega.data.loader import TokenBatch
+from tide_mega.training.live import StepNullWeights
 
 BINS = torch.tensor([0, 0, 9, -1], dtype=torch.int8)
 """Types 0 and 1 in the rarest decile, 2 in the commonest, 3 dropped."""

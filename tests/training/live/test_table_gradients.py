@@ -3,12 +3,11 @@
 import pytest
 import torch
 
-from tide_mega.model.passes import compute_gradients
-from tide_mega.parity.batches import batches_of_rank, batches_of_step
-from tide_mega.parity.case import Z_LOSS, Case, configuration
-from tide_mega.parity.reference import canonical_gradients, reference_backward, reference_model
-from tide_mega.parity.topology import build_engine, build_stage
-from tide_mega.training.live.table_gradients import table_square_norms
+from tide_mega.lab.parity.case import Z_LOSS, Case, batches_of_rank, batches_of_step, configuration
+from tide_mega.lab.parity.reference import canonical_gradients, reference_backward, reference_model
+from tide_mega.lab.parity.run import build_engine, build_stage
+from tide_mega.model.steps import compute_gradients
+from tide_mega.training.live import table_square_norms
 
 CASES = [
     Case(),

@@ -8,11 +8,11 @@ import math
 import pytest
 import torch
 
-from tide_mega.metrics.slots import SLOTS
+from tide_mega.lab.parity.case import Case, configuration
+from tide_mega.lab.parity.run import build_engine, build_stage
+from tide_mega.metrics.deciles import SLOTS
 from tide_mega.model.weights import InitialWeights, local_tensors
-from tide_mega.parity.case import Case, configuration
-from tide_mega.parity.topology import build_engine, build_stage
-from tide_mega.training.live.weights import SAMPLE, WeightDiagnostics, sample_types
+from tide_mega.training.live import SAMPLE, WeightDiagnostics, sample_types
 
 CASES = [
     Case(),

@@ -1,6 +1,6 @@
-"""Router softmax, mix by index, feed-forward output and residual in one: what a TIDE layer does after its FFN.
+"""The mix of a TIDE layer, after its FFN: router softmax, mix by index, feed-forward output and residual in one.
 
-Shapes: N tokens, D hidden size, K memory blocks, J = K + 1, U distinct token types of the step.
+Dimensions: N tokens, D hidden size, K memory blocks, J = K + 1, U distinct token types of the step.
 """
 
 from torch import Tensor
@@ -30,7 +30,7 @@ def mix(
         ffn: the feed-forward network's output, the same shape.
         rows_UKD: normalised memory rows; their gradient goes to `sink`, not through autograd.
         order: the tokens' rows.
-        sink: None where no gradient is wanted.
+        sink: collects the gradient of the rows; None if no gradient is wanted.
 
     Returns:
         The layer's output, shaped as `residual`, and α [N, J] in fp32, detached.

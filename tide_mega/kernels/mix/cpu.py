@@ -1,6 +1,6 @@
-"""The mix on CPU: an embedding bag over the rows, weighted by the router; [N, K, D] does not exist.
+"""The mix on CPU: an embedding bag over the rows, weighted by the router, without materialising [N, K, D].
 
-Shapes: N tokens, D hidden size, K memory blocks, J = K + 1, U distinct token types of the step.
+Dimensions: N tokens, D hidden size, K memory blocks, J = K + 1, U distinct token types of the step.
 """
 
 import torch

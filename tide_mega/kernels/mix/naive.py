@@ -1,6 +1,6 @@
-"""Router softmax, mix by index and residual sum in clear torch: the oracle. Materialises [N, K, D].
+"""Router softmax, mix by index and residual sum in plain torch: the oracle. Materialises [N, K, D].
 
-Shapes: N tokens, D hidden size, K memory blocks, J = K + 1, U distinct token types of the step.
+Dimensions: N tokens, D hidden size, K memory blocks, J = K + 1, U distinct token types of the step.
 """
 
 from torch import Tensor
@@ -24,7 +24,7 @@ def mix(
         The layer's output, shaped as `residual`, and α [N, J] in fp32, detached.
     """
     injected_ND, alpha_NJ = inject(logits_NJ, rows_UKD, index_N)
-    # In bf16 the small terms are added first: each sum rounds at its own size.
+    # In bf16 the small terms are added first, since each sum is rounded at its own magnitude.
     return residual + (ffn + injected_ND.view_as(residual).to(residual.dtype)), alpha_NJ
 
 

@@ -1,10 +1,10 @@
 """Router softmax, mix by index and residual sum on a GPU: one kernel forward, one backward.
 
-Both walk the tokens in the order of their rows: a block of tokens shares few rows, so a row comes from memory once
-and again from the first-level cache. Sums are in fp32 and rounded once.
+Both process tokens in the order of their rows: a block of tokens shares few rows, so a row is loaded from memory
+once and then served by the L1 cache. Sums are in fp32 and rounded once.
 
-Shapes: N tokens, D hidden size, K memory blocks, J = K + 1, U distinct token types of the step. In the kernels
-BN and BD are the tokens and the width of a tile, K_PAD and J_PAD the next powers of two.
+Dimensions: N tokens, D hidden size, K memory blocks, J = K + 1, U distinct token types of the step. In the
+kernels BN and BD are the tokens and the width of a tile, K_PAD and J_PAD the next powers of two.
 """
 
 from typing import Any
@@ -37,12 +37,12 @@ def forward_kernel(
     BN: tl.constexpr,
     BD: tl.constexpr,
 ) -> None:
-    """One tile [BN, BD] of the output, and α of its tokens."""
+    """Compute one tile [BN, BD] of the output, and α of its tokens."""
     columns: tl.constexpr = (D + BD - 1) // BD
     column = tl.program_id(0) % columns
     place_n = tl.program_id(0) // columns * BN + tl.arange(0, BN)
     inside_n = place_n < N
-    # Places beyond the end read the last token again and store nothing.
+    # Positions beyond the end read the last token again and store nothing.
     token_n = tl.load(sorted_ptr + tl.minimum(place_n, N - 1)).to(tl.int64)
     row_n = tl.load(index_ptr + token_n).to(tl.int64)
     d = column * BD + tl.arange(0, BD)
@@ -61,7 +61,7 @@ def forward_kernel(
         weight_nj / tl.sum(weight_nj, 1)[:, None],
         mask=inside_n[:, None] & (j <= K)[None, :],
     )
-    # α goes through memory, all columns writing the same: taking it out of the tile costs two barriers a block.
+    # α goes through memory, every column tile writing the same: extracting it from the tile costs two barriers.
     tl.debug_barrier()
 
     row_nd = row_n[:, None] * (K * D) + d[None, :]
@@ -87,7 +87,7 @@ def backward_kernel(
     BN: tl.constexpr,
     BD: tl.constexpr,
 ) -> None:
-    """The logits' gradient of BN tokens: dα_k = <dh, M_k>, then back through the softmax."""
+    """Compute the logits' gradient of BN tokens: dα_k = <dh, M_k>, then back through the softmax."""
     place_n = tl.program_id(0) * BN + tl.arange(0, BN)
     inside_n = place_n < N
     token_n = tl.load(sorted_ptr + place_n, mask=inside_n, other=0).to(tl.int64)
@@ -95,7 +95,7 @@ def backward_kernel(
     k = tl.arange(0, K_PAD)
     row_nk = row_n[:, None] * (K * D) + k[None, :] * D
 
-    # Summed elementwise over the tiles of the width, so that threads meet once at the end.
+    # Summed elementwise over the tiles of the width, so that threads reduce only once, at the end.
     product_nkd = tl.zeros([BN, K_PAD, BD], tl.float32)
     for first in range(0, D, BD):
         d = first + tl.arange(0, BD)
@@ -131,7 +131,7 @@ def mix_forward(
     order: TokenOrder,
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Run the forward kernel on contiguous tensors; `tile` overrides the table.
+    """Run the forward kernel on contiguous tensors; `tile` overrides the tuning table.
 
     Returns:
         The output in the residual's shape and dtype, and α [N, J] in fp32.
@@ -165,7 +165,7 @@ def mix_backward(
     dtype: torch.dtype,
     tile: Tile | None = None,
 ) -> Tensor:
-    """Run the backward kernel on contiguous tensors; returns the logits' gradient [N, J] in `dtype`."""
+    """Run the backward kernel on contiguous tensors; return the logits' gradient [N, J] in `dtype`."""
     N, D = gradient_ND.shape
     K = rows_UKD.size(1)
     tile = tile or tile_of("mix_backward", gradient_ND.device, K, D)
@@ -228,10 +228,10 @@ def fused_mix(
     order: TokenOrder,
     sink: RowGradient | None,
 ) -> tuple[Tensor, Tensor]:
-    """As `tide_mega.kernels.mix.mix`; residual and FFN output may differ from the rows in dtype, not in shape.
+    """Like `tide_mega.kernels.mix.mix`; residual and FFN output may differ from the rows in dtype, not in shape.
 
     Raises:
-        ValueError: shapes that do not belong together.
+        ValueError: the shapes do not match.
     """
     N, K, D = order.num_tokens, rows_UKD.size(1), rows_UKD.size(2)
     if logits_NJ.shape != (N, K + 1):

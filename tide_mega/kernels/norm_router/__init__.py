@@ -1,6 +1,6 @@
-"""RMSNorm before the feed-forward network and the router's logits from its result: both of one reading.
+"""RMSNorm before the feed-forward network, and the router's logits from its result, in one pass.
 
-Shapes: N tokens, D hidden size, J = K + 1 banks, the null bank last.
+Dimensions: N tokens, D hidden size, J = K + 1 banks, the null bank last.
 """
 
 from torch import Tensor
@@ -23,7 +23,7 @@ def norm_and_route(
         eps: of the norm.
 
     Returns:
-        Both in the hidden state's dtype, the logits computed from ñ as it is rounded.
+        Both in the hidden state's dtype; the logits are computed from the rounded ñ.
     """
     if version == "triton":
         from tide_mega.kernels.norm_router import triton

@@ -1,6 +1,6 @@
 """torch's RMSNorm, then the router as a matrix product: the oracle, and the version for CPUs.
 
-Shapes: N tokens, D hidden size, J = K + 1 banks, the null bank last.
+Dimensions: N tokens, D hidden size, J = K + 1 banks, the null bank last.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class _Route(torch.autograd.Function):
-    """The input's gradient of both uses in one pass: autograd would write the router's and add it in another."""
+    """Sums the input's gradients of both uses in one pass; autograd would write the router's part first."""
 
     @staticmethod
     def forward(ctx: Any, normed_ND: Tensor, router_JD: Tensor) -> tuple[Tensor, Tensor]:
@@ -26,10 +26,10 @@ class _Route(torch.autograd.Function):
 
 
 def route(normed_ND: Tensor, router_JD: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the input, to be used from here on, and its router logits [N, J]."""
+    """Return the input, which must be used from here on, and its router logits [N, J]."""
     return _Route.apply(normed_ND, router_JD)
 
 
 def norm_and_route(hidden_ND: Tensor, gain_D: Tensor, router_JD: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """As `tide_mega.kernels.norm_router.norm_and_route`."""
+    """Like `tide_mega.kernels.norm_router.norm_and_route`."""
     return route(F.rms_norm(hidden_ND, gain_D.shape, gain_D, eps), router_JD)

@@ -1,9 +1,9 @@
-"""The router's gradient on a GPU: dlogitsᵀ · ñ, in chunks of tokens summed in their order, without atomics.
+"""The router's gradient on a GPU: dlogitsᵀ · ñ, in chunks of tokens that are summed in order, without atomics.
 
-The products of a 16-bit dtype are exact, the sums in fp32.
+Products of a 16-bit dtype are exact, sums are in fp32.
 
-Shapes: N tokens, D hidden size, J = K + 1 banks, C chunks of tokens. In the kernel BN and BD are the tokens and
-the width of a tile, J_PAD the next power of two, at least 16.
+Dimensions: N tokens, D hidden size, J = K + 1 banks, C chunks of tokens. In the kernel BN and BD are the tokens
+and the width of a tile, J_PAD the next power of two, at least 16.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor
 from tide_mega.kernels.tuning import Tile, tile_of
 
 ROUTER_PROGRAMS = 512
-"""Chunks times columns. Not by the GPU's multiprocessors: the sums would depend on them."""
+"""Chunks times column tiles. Not derived from the GPU's multiprocessors, on which the sums would then depend."""
 
 
 @triton.jit
@@ -33,7 +33,7 @@ def router_kernel(
     BD: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ) -> None:
-    """The part of CHUNK tokens in BD columns of the router's gradient."""
+    """Compute the contribution of CHUNK tokens to BD columns of the router's gradient."""
     columns: tl.constexpr = (D + BD - 1) // BD
     chunk = tl.program_id(0) // columns
     d = tl.program_id(0) % columns * BD + tl.arange(0, BD)
@@ -54,7 +54,7 @@ def router_kernel(
             mask=(j < J)[:, None] & inside_n[None, :],
             other=0.0,
         )
-        if INTERPRETED:  # its dot takes the bits of a bfloat16 for an integer
+        if INTERPRETED:  # its dot reads the bits of a bfloat16 as an integer
             normed_nd = normed_nd.to(tl.float32)
             grad_jn = grad_jn.to(tl.float32)
         sum_jd = tl.dot(grad_jn, normed_nd, sum_jd, input_precision="ieee")
@@ -63,7 +63,7 @@ def router_kernel(
 
 
 def router_gradient(normed_ND: Tensor, grad_logits_NJ: Tensor, tile: Tile | None = None) -> Tensor:
-    """Return the router's gradient [J, D], fp32, of contiguous tensors; `tile` overrides the table."""
+    """Return the router's gradient [J, D], fp32, of contiguous tensors; `tile` overrides the tuning table."""
     (N, D), J = normed_ND.shape, grad_logits_NJ.size(1)
     tile = tile or tile_of("router_gradient", normed_ND.device, J - 1, D)
     columns = triton.cdiv(D, tile.width)
@@ -86,6 +86,6 @@ def router_gradient(normed_ND: Tensor, grad_logits_NJ: Tensor, tile: Tile | None
 
 
 def chunks_of(tokens: int, most: int, of: int) -> tuple[int, int]:
-    """Tokens of a chunk, a multiple of `of`, and how many chunks that makes."""
+    """Return the tokens per chunk, a multiple of `of`, and the number of chunks."""
     size = max(1, triton.cdiv(triton.cdiv(tokens, most), of)) * of
     return size, triton.cdiv(tokens, size)

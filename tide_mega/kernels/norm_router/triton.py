@@ -1,14 +1,14 @@
-"""RMSNorm and router logits on a GPU: the router rides on the norm's passes over the hidden state.
+"""RMSNorm and router logits on a GPU: the router shares the norm's passes over the hidden state.
 
-Forward reads the hidden state once from memory (and again from the caches, when its scale is known), and writes
+Forward reads the hidden state once from memory (and again from the caches, once its scale is known), and writes
 the normalised one. Backward adds the router's part to the feed-forward network's gradient on the way into the
-norm's backward: neither that sum nor the logits' part is written. The gradients of gain and router are summed by
-chunks of tokens, and the chunks in their order: the same from run to run. The router's takes a kernel of its own,
-which reads the normalised state once more: its sums [J, D] do not fit beside whole rows in a program's registers,
-and kept in memory they would move more bytes than that.
+norm's backward: neither that sum nor the router's part is written. The gradients of gain and router are summed
+by chunks of tokens, and the chunks in order, so they are the same from run to run. The router's gradient takes a
+kernel of its own, which reads the normalised state once more: its sums [J, D] do not fit into a program's
+registers beside whole rows, and keeping them in memory would move more bytes than that.
 
-Shapes: N tokens, D hidden size, J = K + 1 banks, C chunks of tokens. In the kernels BN and BD are the tokens and
-the width of a tile, J_PAD and D_PAD the next powers of two, J_PAD at least 16.
+Dimensions: N tokens, D hidden size, J = K + 1 banks, C chunks of tokens. In the kernels BN and BD are the tokens
+and the width of a tile, J_PAD and D_PAD the next powers of two, J_PAD at least 16.
 """
 
 from typing import Any
@@ -23,8 +23,8 @@ from tide_mega.kernels.norm_router.router_gradient import chunks_of, router_grad
 from tide_mega.kernels.tuning import Tile, tile_of
 
 BACKWARD_PROGRAMS = 256
-"""Chunks: all at once on 132 multiprocessors, few enough to make their sums small. The GPU's own count would make
-sums depend on it."""
+"""Number of chunks: all run at once on 132 multiprocessors, and few enough to keep their partial sums small.
+Using the GPU's own count would make the sums depend on it."""
 
 
 @triton.jit
@@ -47,7 +47,7 @@ def forward_kernel(
     """Normalise BN tokens and route them."""
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     inside_n = n < N
-    # Tokens beyond the end are the last one again, and stored nowhere.
+    # Tokens beyond the end repeat the last one and are not stored.
     row_nd = tl.minimum(n, N - 1).to(tl.int64)[:, None] * D
     square_nd = tl.zeros([BN, BD], tl.float32)
     for first in range(0, D, BD):
@@ -77,10 +77,10 @@ def forward_kernel(
             other=0.0,
             eviction_policy="evict_last",
         )
-        if INTERPRETED:  # its dot takes the bits of a bfloat16 for an integer
+        if INTERPRETED:  # its dot reads the bits of a bfloat16 as an integer
             normed_nd = normed_nd.to(tl.float32)
             router_jd = router_jd.to(tl.float32)
-        # fp32 in three products of tf32 parts, which lose as little as fp32 sums do.
+        # fp32 as three products of tf32 parts, which lose no more than fp32 sums do.
         sum_nj = tl.dot(normed_nd, tl.trans(router_jd), sum_nj, input_precision="tf32x3")
     tl.store(
         logits_ptr + n.to(tl.int64)[:, None] * J + j[None, :],
@@ -106,7 +106,7 @@ def backward_kernel(
     D_PAD: tl.constexpr,
     BN: tl.constexpr,
 ) -> None:
-    """The hidden state's gradient of CHUNK tokens, BN whole rows at a time, and their part of the gain's."""
+    """Compute the hidden state's gradient of CHUNK tokens, BN rows at a time, and their part of the gain's."""
     d = tl.arange(0, D_PAD)
     inside_d = d < D
     gain_d = tl.load(gain_ptr + d, mask=inside_d, other=0.0).to(tl.float32)
@@ -122,8 +122,8 @@ def backward_kernel(
         grad_nd = tl.load(gradient_ptr + here_nd, mask=inside_nd, other=0.0, eviction_policy="evict_first")
         grad_nd = grad_nd.to(tl.float32)
         scale_n = tl.load(scale_ptr + n, mask=inside_n, other=0.0)
-        for j in range(J):  # not known when compiled: unrolled, it would spill
-            # The same for all tokens: it stays in the first-level cache.
+        for j in range(J):  # a runtime bound: unrolled, it would spill
+            # The same for all tokens, so it stays in the L1 cache.
             router_d = tl.load(router_ptr + j * D + d, mask=inside_d, other=0.0, eviction_policy="evict_last")
             grad_logit_n = tl.load(grad_logits_ptr + n.to(tl.int64) * J + j, mask=inside_n, other=0.0)
             grad_nd += grad_logit_n.to(tl.float32)[:, None] * router_d.to(tl.float32)[None, :]
@@ -141,7 +141,7 @@ def backward_kernel(
 def norm_router_forward(
     hidden_ND: Tensor, gain_D: Tensor, router_JD: Tensor, eps: float, tile: Tile | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the forward kernel on contiguous tensors; `tile` overrides the table.
+    """Run the forward kernel on contiguous tensors; `tile` overrides the tuning table.
 
     Returns:
         ñ [N, D], logits [N, J], and 1 over each token's root mean square [N] in fp32.
@@ -176,16 +176,16 @@ def norm_router_backward(
     grad_logits_NJ: Tensor,
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Run the backward kernel on contiguous tensors; returns the gradients of hidden state and gain.
+    """Run the backward kernel on contiguous tensors; return the gradients of hidden state and gain.
 
     Args:
         hidden_ND: input of the norm.
         gain_D: of the norm.
         router_JD: the router.
-        scale_N: as forward returned it.
-        gradient_ND: of ñ, by the feed-forward network.
+        scale_N: as returned by the forward pass.
+        gradient_ND: of ñ, from the feed-forward network.
         grad_logits_NJ: of the logits.
-        tile: overrides the table.
+        tile: overrides the tuning table.
     """
     (N, D), J = hidden_ND.shape, router_JD.size(0)
     tile = tile or tile_of("norm_router_backward", hidden_ND.device, J - 1, D)
@@ -230,10 +230,10 @@ class _NormRouter(torch.autograd.Function):
 
 
 def norm_and_route(hidden_ND: Tensor, gain_D: Tensor, router_JD: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """As `tide_mega.kernels.norm_router.norm_and_route`.
+    """Like `tide_mega.kernels.norm_router.norm_and_route`.
 
     Raises:
-        ValueError: shapes or dtypes that do not belong together.
+        ValueError: shapes or dtypes do not match.
     """
     width = hidden_ND.size(-1)
     if hidden_ND.dim() != 2 or gain_D.shape != (width,) or router_JD.dim() != 2 or router_JD.size(1) != width:

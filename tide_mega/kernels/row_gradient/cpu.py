@@ -1,9 +1,9 @@
-"""The rows' gradient on CPU: an embedding bag turned round, whose bags are rows and whose table is the tokens.
+"""The rows' gradient on CPU: a transposed embedding bag, whose bags are rows and whose table is the tokens.
 
-Works through the rows in chunks that stay in the cache while all layers add to them, block by block: the tokens
-sorted by row are every block's bags as they are.
+It processes the rows in chunks that stay in the cache while all layers add to them, block by block: the tokens
+sorted by row are the bags of every block without rearrangement.
 
-Shapes: U rows, K blocks, J = K + 1, N tokens, D width; C rows of a chunk, E tokens of its rows.
+Dimensions: U rows, K blocks, J = K + 1, N tokens, D width; C rows of a chunk, E tokens of its rows.
 """
 
 import torch
@@ -19,9 +19,9 @@ CHUNK_VALUES = 1 << 19
 def add_rows(
     total_UKD: Tensor, order: TokenOrder, alphas_NJ: list[Tensor], gradients_ND: list[Tensor]
 ) -> None:
-    """As `naive.add_rows`, one bag for each block and row: [N, K, D] does not exist."""
+    """Like `naive.add_rows`, with one bag per block and row; [N, K, D] is never materialised."""
     U, K, D = total_UKD.shape
-    # Values in the gradient's own precision would round a row's sum once a layer.
+    # Values in the gradient's own precision would round a row's sum once per layer.
     wide_ND = [gradient_ND.float() for gradient_ND in gradients_ND]
     sorted_KN = [alpha_NJ[:, :K].index_select(0, order.sorted_N).t().contiguous() for alpha_NJ in alphas_NJ]
     starts, block_K1 = order.starts_U1.tolist(), torch.arange(K, dtype=torch.int32)[:, None]

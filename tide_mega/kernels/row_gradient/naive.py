@@ -1,6 +1,6 @@
-"""The rows' gradient in clear torch, one layer and block after the other: the oracle.
+"""The rows' gradient in plain torch, one layer and block after the other: the oracle.
 
-Shapes: U rows, K blocks, J = K + 1, N tokens, D width.
+Dimensions: U rows, K blocks, J = K + 1, N tokens, D width.
 """
 
 from torch import Tensor
@@ -16,7 +16,7 @@ def add_rows(
 
     Args:
         total_UKD: fp32, changed in place.
-        order: of the tokens.
+        order: the tokens' order.
         alphas_NJ: fp32 router weights of each layer, the null bank's last.
         gradients_ND: gradient of each layer's output.
     """

@@ -1,8 +1,8 @@
-"""Rows cut in pieces of at most C tokens, so that a frequent row is summed by many programs and not by one.
+"""Rows cut into pieces of at most C tokens, so that a frequent row is summed by many programs instead of one.
 
-Found on the device with shapes that the host knows: nothing waits for a count.
+Computed on the device with shapes known to the host, so nothing waits for a count.
 
-Shapes: N tokens, U rows, P pieces at most, M long rows at most (rows of several pieces).
+Dimensions: N tokens, U rows, P pieces at most, M long rows at most (rows of several pieces).
 """
 
 from dataclasses import dataclass
@@ -18,21 +18,21 @@ class Pieces:
     """Where the tokens of each piece are, and where the sums of long rows are kept; all int32."""
 
     tokens: int
-    """C, the most tokens of a piece."""
+    """C, the maximum tokens of a piece."""
     row_P: Tensor
-    """Row of each piece, ascending; U where there is no such piece."""
+    """Row of each piece, ascending; U for unused pieces."""
     first_U: Tensor
     """First piece of each row: piece p holds its row's tokens from `(p - first_U[row]) * tokens` on."""
     slot_U: Tensor
-    """Slot of a long row's first piece, its others follow; -1 for a row of one piece or none."""
+    """Slot of a long row's first piece, followed by its others; -1 for a row of one piece or none."""
     long_M: Tensor
-    """The long rows, ascending; U where there is no such row."""
+    """The long rows, ascending; U for unused entries."""
     num_slots: int
-    """Slots that suffice whatever the ids."""
+    """Number of slots that suffices for any ids."""
 
     @staticmethod
     def cut(order: TokenOrder, tokens: int) -> "Pieces":
-        """Cut the rows of `order` in pieces of at most `tokens`."""
+        """Cut the rows of `order` into pieces of at most `tokens` tokens."""
         device, N, U = order.starts_U1.device, order.num_tokens, order.num_rows
         pieces_U = (order.starts_U1.diff() + (tokens - 1)) // tokens
         ends_U = pieces_U.cumsum(0)
@@ -47,6 +47,6 @@ class Pieces:
         long_M = torch.searchsorted(
             long_U.cumsum(0), torch.arange(1, most_long + 1, device=device), out_int32=True
         )
-        # A row of c > C tokens has fewer than c / C + 1 pieces, and that is at most 2 c / C.
+        # A row of c > C tokens has fewer than c / C + 1 pieces, which is at most 2 c / C.
         num_slots = 2 * N // tokens if most_long else 0
         return Pieces(tokens, row_P, (ends_U - pieces_U).int(), slot_U.int(), long_M, num_slots)

@@ -1,6 +1,6 @@
-"""Collects what the layers' backward passes leave, and adds it to the rows' gradient a microbatch at a time.
+"""Collects what the layers' backward passes leave, and adds it to the rows' gradient one micro-batch at a time.
 
-Shapes: U rows on the board, K memory blocks, J = K + 1, N tokens, D width.
+Dimensions: U rows on the board, K memory blocks, J = K + 1, N tokens, D width.
 """
 
 from typing import Any
@@ -15,18 +15,18 @@ from tide_mega.kernels.token_order import TokenOrder
 class RowGradient:
     """The fp32 gradient of one reading's rows.
 
-    It keeps the layers' output gradients, which autograd has made anyway, until the microbatch's last layer has
-    left its own: on a stage at most N · D values a layer, and by then the layers behind have freed more.
+    It keeps the layers' output gradients, which autograd has computed anyway, until the micro-batch's last layer
+    has left its own: at most N · D values per layer of a stage, less than later layers have freed by then.
     """
 
     def __init__(self, shape_UKD: torch.Size, device: torch.device, version: str, num_layers: int) -> None:
-        """Start from nothing.
+        """Start empty.
 
         Args:
             shape_UKD: of the rows.
-            device: theirs.
+            device: of the rows.
             version: naive, cpu or triton.
-            num_layers: layers of a model chunk; so many contributions make a microbatch whole.
+            num_layers: layers of a model chunk, that is the number of contributions that complete a micro-batch.
         """
         self._shape, self._device = shape_UKD, device
         self._version, self._num_layers = version, num_layers
@@ -37,11 +37,11 @@ class RowGradient:
 
     @property
     def is_empty(self) -> bool:
-        """Whether no layer has left anything."""
+        """Whether no layer has contributed yet."""
         return self._total_UKD is None and not self._gradients_ND
 
     def add(self, order: TokenOrder, alpha_NJ: Tensor, gradient_ND: Tensor) -> None:
-        """Take one layer's router weights and the gradient of its output, which must not change from here on."""
+        """Add one layer's router weights and output gradient, neither of which may change from here on."""
         if self._order is not None and self._order.key != order.key:
             self._flush()
         self._order = order
@@ -51,7 +51,7 @@ class RowGradient:
             self._flush()
 
     def total(self) -> Tensor:
-        """Return the sum of everything left so far [U, K, D]."""
+        """Return the sum of all contributions so far [U, K, D]."""
         self._flush()
         return self._total()
 
@@ -78,7 +78,7 @@ def segmented_sum(version: str) -> Any:
 
 
 class _Deliver(torch.autograd.Function):
-    """Hands an output through; its backward leaves the gradient with the sink."""
+    """Passes an output through; its backward pass adds the gradient to the sink."""
 
     @staticmethod
     def forward(ctx: Any, out: Tensor, alpha_NJ: Tensor, order: TokenOrder, sink: RowGradient) -> Tensor:
@@ -95,5 +95,5 @@ class _Deliver(torch.autograd.Function):
 
 
 def deliver(out: Tensor, alpha_NJ: Tensor, order: TokenOrder, sink: RowGradient) -> Tensor:
-    """Return `out` [..., D]; when its gradient is known, the sink gets it with the weights `alpha_NJ`."""
+    """Return `out` [..., D]; the sink receives its gradient, with the weights `alpha_NJ`, in the backward pass."""
     return _Deliver.apply(out, alpha_NJ, order, sink)

@@ -1,15 +1,16 @@
 """The rows' gradient on a GPU: one segmented sum over the tokens of all layers, without atomics.
 
-A program owns a piece of a row (its tokens, at most C) and some columns, and sums over the piece's (layer,
-token) pairs: a row met once still gives as many pairs as there are layers. A row of one piece is added straight
-to the total; the pieces of longer rows go to slots, which a second kernel adds in their order. So every sum has
-one order.
+A program owns a piece of a row (at most C of its tokens) and some columns, and sums over the piece's (layer,
+token) pairs: even a row met once gives as many pairs as there are layers. A row of one piece is added directly
+to the total; the pieces of longer rows go to slots, which a second kernel adds in order. So every sum has a
+fixed order.
 
-16-bit gradients are multiplied on the tensor cores with α split in two parts of the gradient's dtype, α = high +
-low: products are exact, sums in fp32, and what is dropped of α is below 2^-16 of it for bfloat16. fp32 stays fp32.
+16-bit gradients are multiplied on the tensor cores with α split into two parts of the gradient's dtype, α = high
++ low: products are exact, sums in fp32, and the dropped remainder of α is below 2^-16 of it for bfloat16. fp32
+stays fp32.
 
-Shapes: U rows, K blocks, J = K + 1, N tokens, D width, L layers. In the kernels e is a pair of layer and token,
-BE and BD the pairs and the width of a tile, K_PAD the next power of two, at least 16.
+Dimensions: U rows, K blocks, J = K + 1, N tokens, D width, L layers. In the kernels e is a pair of layer and
+token, BE and BD the pairs and the width of a tile, K_PAD the next power of two, at least 16.
 """
 
 from typing import Any
@@ -24,9 +25,9 @@ from tide_mega.kernels.token_order import TokenOrder
 from tide_mega.kernels.tuning import Tile, tile_of
 
 PAIRS_OF_A_PIECE = 1536
-"""Large enough to make the slots few, small enough to keep every multiprocessor busy to the end."""
+"""Large enough for few slots, small enough to keep every multiprocessor busy to the end."""
 ALIGNMENT = 16
-"""Bytes of the widest load."""
+"""Bytes of the widest load instruction."""
 
 
 @triton.jit
@@ -68,7 +69,7 @@ def pieces_kernel(
         e = first + tl.arange(0, BE)
         inside_e = e < pairs
         token_e = tl.load(sorted_ptr + first_place + e // L, mask=inside_e, other=0).to(tl.int64)
-        # Aligned, as the launcher sees to: that makes the loads wide.
+        # Aligned, as the launcher ensures, which makes the loads wide.
         gradient_e = tl.multiple_of(tl.load(gradients_ptr + e % L).to(gradient_ptr.dtype), 16)
         gradient_ed = tl.load(
             gradient_e[:, None] + (token_e[:, None] * D + d[None, :]),
@@ -86,7 +87,7 @@ def pieces_kernel(
         else:
             high_ke = alpha_ke.to(gradient_ed.dtype)
             low_ke = (alpha_ke - high_ke.to(tl.float32)).to(gradient_ed.dtype)
-            if INTERPRETED:  # its dot takes the bits of a bfloat16 for an integer
+            if INTERPRETED:  # its dot reads the bits of a bfloat16 as an integer
                 parts_ke = high_ke.to(tl.float32) + low_ke.to(tl.float32)
                 sum_kd = tl.dot(parts_ke, gradient_ed.to(tl.float32), sum_kd, input_precision="ieee")
             else:
@@ -140,9 +141,9 @@ def add_rows(
     tile: Tile | None = None,
     slots_tile: Tile | None = None,
 ) -> None:
-    """As `naive.add_rows`; the same to the last bit from run to run. the tiles override the table.
+    """Like `naive.add_rows`, with the same bits from run to run; the tiles override the tuning table.
 
-    Besides the arguments it needs up to 2 N L / PAIRS_OF_A_PIECE slots of K · D fp32 values for a moment.
+    Temporarily needs up to 2 N L / PAIRS_OF_A_PIECE slots of K · D fp32 values.
 
     Raises:
         ValueError: `total_UKD` is not contiguous fp32, or the layers' shapes do not fit it.
@@ -205,7 +206,7 @@ def _check(total_UKD: Tensor, order: TokenOrder, alphas_NJ: list[Tensor], gradie
 
 
 def _readable(layers: list[Tensor]) -> list[Tensor]:
-    """The layers' tensors where they lie, copied only if not contiguous, not aligned or of several dtypes."""
+    """Return the layers' tensors, copied only if not contiguous, not aligned or of several dtypes."""
     if len({layer.dtype for layer in layers}) > 1:
         layers = [layer.float() for layer in layers]
     layers = [layer.contiguous() for layer in layers]
@@ -213,7 +214,7 @@ def _readable(layers: list[Tensor]) -> list[Tensor]:
 
 
 def _addresses(tensors: list[Tensor], device: torch.device) -> Tensor:
-    """Their addresses as int64 on the device; the copy from pinned memory waits for nothing."""
+    """Return the tensors' addresses as int64 on the device; copied from pinned memory without waiting."""
     addresses = [tensor.data_ptr() for tensor in tensors]
     pinned = torch.tensor(addresses, dtype=torch.int64, pin_memory=device.type == "cuda")
     return pinned.to(device, non_blocking=True)

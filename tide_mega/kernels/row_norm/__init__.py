@@ -1,6 +1,6 @@
 """RMSNorm of the distinct rows of a step, forward and backward.
 
-Shapes: U distinct token types, K memory blocks, D width.
+Dimensions: U distinct token types, K memory blocks, D width.
 """
 
 from torch import Tensor

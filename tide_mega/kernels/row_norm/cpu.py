@@ -1,6 +1,6 @@
 """RMSNorm of the distinct rows on CPU, in chunks that stay in the cache.
 
-Shapes: U distinct token types, K memory blocks, D width; C rows of a chunk.
+Dimensions: U distinct token types, K memory blocks, D width; C rows of a chunk.
 """
 
 from typing import Any
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 CHUNK_VALUES = 1 << 19
-"""Values of a chunk: fewer cost more in calls than they save in the cache (tried from 2^15 to 2^22)."""
+"""Values per chunk: with fewer, calls cost more than the cache saves (tried from 2^15 to 2^22)."""
 
 
 class _RowNorm(torch.autograd.Function):
@@ -25,7 +25,7 @@ class _RowNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
-        # d rows = s · (gain · g - s² · rows · mean(rows · gain · g)), s the rows' scale.
+        # d rows = s · (gain · g - s² · rows · mean(rows · gain · g)), where s is the rows' scale.
         rows_UKD, gains_KD = ctx.saved_tensors
         gain_KD, grad_gain_KD = gains_KD.float(), torch.zeros_like(gains_KD, dtype=torch.float32)
         grad_rows_UKD = torch.empty_like(rows_UKD)
@@ -42,7 +42,7 @@ class _RowNorm(torch.autograd.Function):
 
 
 def _scale(wide_CKD: Tensor, eps: float) -> Tensor:
-    """1 / sqrt(mean of squares + eps) [C, K, 1]."""
+    """Return 1 / sqrt(mean of squares + eps) [C, K, 1]."""
     norm_CK1 = torch.linalg.vector_norm(wide_CKD, dim=-1, keepdim=True)
     return norm_CK1.square_().div_(wide_CKD.size(-1)).add_(eps).rsqrt_()
 
@@ -52,5 +52,5 @@ def _chunks(x_UKD: Tensor) -> tuple[Tensor, ...]:
 
 
 def row_norm(rows_UKD: Tensor, gains_KD: Tensor, eps: float) -> Tensor:
-    """As `naive.row_norm`."""
+    """Like `naive.row_norm`."""
     return _RowNorm.apply(rows_UKD, gains_KD, eps)

@@ -1,6 +1,6 @@
-"""RMSNorm of the distinct rows in clear torch: the oracle.
+"""RMSNorm of the distinct rows in plain torch: the oracle.
 
-Shapes: U distinct token types, K memory blocks, D width.
+Dimensions: U distinct token types, K memory blocks, D width.
 """
 
 import torch

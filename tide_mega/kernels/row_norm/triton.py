@@ -1,8 +1,8 @@
-"""RMSNorm of the distinct rows on a GPU: a row of one block in registers, read once and written once.
+"""RMSNorm of the distinct rows on a GPU: each row of a block is kept in registers, read once and written once.
 
-The gains' gradient is summed by chunks of rows, and the chunks in their order: the same from run to run.
+The gradient of the gains is summed by chunks of rows, and the chunks in order, so it is the same from run to run.
 
-Shapes: U distinct token types, K memory blocks, D width, C chunks of rows. D_PAD is the next power of two.
+Dimensions: U distinct token types, K memory blocks, D width, C chunks of rows. D_PAD is the next power of two.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from tide_mega.kernels.tuning import Tile, tile_of
 
 BACKWARD_PROGRAMS = 1024
-"""Chunks times blocks: some for every multiprocessor. Not its count, which would make sums depend on the GPU."""
+"""Chunks times blocks: several per multiprocessor. Not their count, on which the sums would then depend."""
 
 
 @triton.jit
@@ -29,7 +29,7 @@ def forward_kernel(
     K: tl.constexpr,
     D_PAD: tl.constexpr,
 ) -> None:
-    """Normalise the row of one type and block."""
+    """Normalise the row of one token type and block."""
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, D_PAD)
     inside_d = d < D
@@ -53,7 +53,7 @@ def backward_kernel(
     K: tl.constexpr,
     D_PAD: tl.constexpr,
 ) -> None:
-    """The gradients of one block's rows in a chunk of CHUNK types, and their part of the gain's gradient."""
+    """Compute the gradients of one block's rows in a chunk of CHUNK types, and their part of the gain's."""
     chunk, k = tl.program_id(0) // K, tl.program_id(0) % K
     d = tl.arange(0, D_PAD)
     inside_d = d < D
@@ -75,7 +75,7 @@ def backward_kernel(
 
 
 def norm_forward(rows_UKD: Tensor, gains_KD: Tensor, eps: float, tile: Tile | None = None) -> Tensor:
-    """Run the forward kernel on contiguous tensors; `tile` overrides the table."""
+    """Run the forward kernel on contiguous tensors; `tile` overrides the tuning table."""
     U, K, D = rows_UKD.shape
     tile = tile or tile_of("norm_forward", rows_UKD.device, K, D)
     out_UKD = torch.empty_like(rows_UKD)
@@ -94,7 +94,7 @@ def norm_forward(rows_UKD: Tensor, gains_KD: Tensor, eps: float, tile: Tile | No
 def norm_backward(
     rows_UKD: Tensor, gains_KD: Tensor, gradient_UKD: Tensor, eps: float, tile: Tile | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Run the backward kernel on contiguous tensors; returns the gradients of rows and gains."""
+    """Run the backward kernel on contiguous tensors; return the gradients of rows and gains."""
     U, K, D = rows_UKD.shape
     tile = tile or tile_of("norm_backward", rows_UKD.device, K, D)
     size = triton.cdiv(U, max(1, BACKWARD_PROGRAMS // K)) or 1
@@ -130,5 +130,5 @@ class _RowNorm(torch.autograd.Function):
 
 
 def row_norm(rows_UKD: Tensor, gains_KD: Tensor, eps: float) -> Tensor:
-    """As `naive.row_norm`."""
+    """Like `naive.row_norm`."""
     return _RowNorm.apply(rows_UKD, gains_KD, eps)

@@ -1,9 +1,9 @@
-"""Gradients of rows added up at the rows' owner: several askers may have sent one for the same row.
+"""Accumulates row gradients at the rows' owner, where several askers may have sent one for the same row.
 
-Every version adds the entries of a row in the askers' order, so the result is the same to the last bit in all of
-them and from run to run.
+Every version adds the entries of a row in the askers' order, so the result has the same bits in all versions and
+from run to run.
 
-Shapes: W rows owned here, Q rows received, K memory blocks, D width, G askers.
+Dimensions: W rows owned here, Q rows received, K memory blocks, D width, G askers.
 """
 
 from torch import Tensor
@@ -21,10 +21,10 @@ def add_rows(
     Args:
         version: naive, cpu or triton.
         total_WKD: fp32, contiguous.
-        rows_Q: row of each entry, asker by asker; an asker names a row once at most.
+        rows_Q: row of each entry, asker by asker; each asker names a row at most once.
         received_QKD: the entries, in any floating dtype.
-        counts_G: entries of each asker.
-        divisor: replicas over whose loss the mean is taken.
+        counts_G: number of entries of each asker.
+        divisor: number of replicas over whose losses the mean is taken.
     """
     if version == "triton":
         from tide_mega.kernels.row_sum import triton

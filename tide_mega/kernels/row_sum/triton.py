@@ -1,9 +1,9 @@
-"""Rows added up on a GPU: one program a row and a stretch of it, which adds the row's entries in their order.
+"""Row gradients accumulated on a GPU: one program per row and stretch of it adds the row's entries in order.
 
-How many rows are distinct stays on the device: there is a program for every entry, and that of a row's first entry
-does the work of all of them.
+The number of distinct rows stays on the device: a program is launched for every entry, and that of a row's first
+entry does the work for all of them.
 
-Shapes: W rows owned here, Q rows received, X = K · D values of a row.
+Dimensions: W rows owned here, Q rows received, X = K · D values of a row.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 STRETCH = 1024
-"""Values of a row that one program adds up."""
+"""Values of a row that one program accumulates."""
 
 
 @triton.jit
@@ -28,7 +28,7 @@ def add_kernel(
     X: tl.constexpr,
     BX: tl.constexpr,
 ) -> None:
-    """Add the entries of the row at this place of the ascending rows, if it is the row's first place."""
+    """Add the entries of the row at this position of the sorted rows, if it is the row's first position."""
     columns: tl.constexpr = (X + BX - 1) // BX
     place = tl.program_id(0) // columns
     row = tl.load(rows_ptr + place)
@@ -49,10 +49,10 @@ def add_kernel(
 
 
 def add_rows(total_WKD: Tensor, rows_Q: Tensor, received_QKD: Tensor, divisor: int) -> None:
-    """As `tide_mega.kernels.row_sum.add_rows`; the same to the last bit as the oracle.
+    """Like `tide_mega.kernels.row_sum.add_rows`, with the same bits as the oracle.
 
     Raises:
-        ValueError: `total_WKD` is not contiguous fp32, or the entries are not of its shape.
+        ValueError: `total_WKD` is not contiguous fp32, or the entries do not match its shape.
     """
     if total_WKD.dtype != torch.float32 or not total_WKD.is_contiguous():
         raise ValueError(
@@ -72,6 +72,7 @@ def add_rows(total_WKD: Tensor, rows_Q: Tensor, received_QKD: Tensor, divisor: i
         X=width,
         BX=STRETCH,
         num_warps=4,
-        # A fused multiply-add would round once where the oracle rounds twice; a division is none, but say so.
+        # A fused multiply-add would round once where the oracle rounds twice. The division here would not be
+        # fused anyway; the option states the requirement.
         enable_fp_fusion=False,
     )

@@ -1,11 +1,11 @@
-"""Cross entropy and z-loss chunk by chunk, each chunk's gradient made while its logits are there.
+"""Cross entropy and z-loss in chunks of tokens; each chunk's gradient is computed while its logits exist.
 
-The head is never recomputed: d loss / d logit = (softmax · (1 + 2 z log Z) - one-hot) / count is known as soon
-as a chunk's log-partition is, so the forward pass multiplies it into the gradients of hidden states and weight,
-and the backward pass only scales those by what comes in.
+The output layer is never recomputed: d loss / d logit = (softmax · (1 + 2 z log Z) - one-hot) / count is known
+as soon as a chunk's log-partition is, so the forward pass multiplies it into the gradients of hidden states and
+weight, and the backward pass only scales those by the incoming gradient.
 
-Shapes: N tokens, C tokens of a chunk, D hidden size, W vocabulary entries of this rank, R tensor ranks,
-X = 2C.
+Dimensions: N tokens, C tokens of a chunk, D hidden size, W vocabulary entries of this rank, R tensor ranks, X =
+2C.
 """
 
 import math
@@ -20,7 +20,7 @@ from tide_mega.config.device_memory import LOGIT_CHUNK_BYTES
 from tide_mega.kernels.vocab_loss.softmax import ChunkSoftmax, chunk_softmax
 
 CPU_CHUNK_TOKENS = 512
-"""Fewer cost more, since each chunk goes through the whole gradient of the weight; more leave the caches."""
+"""With fewer, each chunk still passes over the whole gradient of the weight; with more, data leaves the caches."""
 
 
 def vocab_loss(
@@ -33,7 +33,7 @@ def vocab_loss(
     chunk_tokens: int | None = None,
     compile_kernels: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Mean over labelled tokens of cross entropy + z_loss · log Z² (SPEC section 2); collective over `group`.
+    """Return the mean over labelled tokens of cross entropy + z_loss · log Z² (SPEC section 2); collective.
 
     Args:
         hidden_ND: input of the output layer, the same on all ranks of the group. Its gradient is this rank's
@@ -41,7 +41,7 @@ def vocab_loss(
         weight_WD: this rank's rows of the output layer, in rank order.
         labels_N: ids, negative where there is nothing to predict.
         z_loss: weight of the second term.
-        group: the ranks among which the vocabulary is split; None where it is whole.
+        group: the ranks over which the vocabulary is split; None if it is not.
         chunk_tokens: tokens whose logits exist at a time; None chooses by device and size.
         compile_kernels: compile the elementwise work, on CUDA.
 
@@ -50,7 +50,7 @@ def vocab_loss(
         unlabelled), the sum of log Z² and the number of labelled tokens.
 
     Raises:
-        ValueError: a label is not in the vocabulary (on CPU; looking would stall a GPU), or shapes do not fit.
+        ValueError: a label is not in the vocabulary (on CPU; the check would stall a GPU), or shapes do not match.
     """
     ranks, rank = (group.size(), group.rank()) if group is not None else (1, 0)
     check_shapes(hidden_ND, weight_WD, labels_N, ranks)
@@ -69,7 +69,7 @@ def vocab_loss(
 
 
 def check_shapes(hidden_ND: Tensor, weight_WD: Tensor, labels_N: Tensor, ranks: int) -> None:
-    """Raise ValueError where shapes do not fit, or on a CPU a label is not in the vocabulary."""
+    """Raise ValueError if shapes do not match or, on a CPU, a label is not in the vocabulary."""
     tokens, size = hidden_ND.shape
     if labels_N.shape != (tokens,) or weight_WD.size(1) != size:
         raise ValueError(
@@ -85,7 +85,7 @@ def check_shapes(hidden_ND: Tensor, weight_WD: Tensor, labels_N: Tensor, ranks: 
 
 
 def tokens_of_a_chunk(hidden_ND: Tensor, weight_WD: Tensor) -> int:
-    """Return the tokens of chunks as equal as can be, within the device's bound."""
+    """Return the tokens per chunk such that chunks are as equal as possible, within the device's bound."""
     if not hidden_ND.is_cuda:
         return CPU_CHUNK_TOKENS
     most = max(1, LOGIT_CHUNK_BYTES // (weight_WD.size(0) * hidden_ND.element_size()))
@@ -131,7 +131,7 @@ class _ChunkedVocabLoss(torch.autograd.Function):
                 continue
             slope_C = share_N[part] * (1 + 2 * z_loss * log_z_C)
             softmax.gradient_(logits_CW, log_z_C, slope_C)
-            # Subtracting 1 in fp32: in bf16 the gradient of an almost certain token would vanish.
+            # Subtract 1 in fp32: in bf16 the gradient of an almost certain token would vanish.
             at_target_C = ((target_C - log_z_C).exp() * slope_C - share_N[part]).to(logits_CW.dtype)
             logits_CW[rows_C, local_C] = torch.where(here_C, at_target_C, logits_CW[rows_C, local_C])
             if grad_ND is not None:
@@ -149,7 +149,7 @@ class _ChunkedVocabLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
         grad_ND, grad_WD = ctx.saved_tensors
-        # With dimensions: a scalar would be rounded to bf16 before it multiplies.
+        # As a tensor with dimensions: a scalar would be rounded to bf16 before multiplying.
         incoming_11 = grad_outputs[0].view(1, 1)
         if grad_ND is not None:
             grad_ND = grad_ND.mul_(incoming_11)
@@ -159,7 +159,7 @@ class _ChunkedVocabLoss(torch.autograd.Function):
 
 
 def _over_ranks(log_z_C: Tensor, target_C: Tensor, group: ProcessGroup | None) -> tuple[Tensor, Tensor]:
-    """Join the log-partitions of all parts of the vocabulary, and find each target's logit; one collective."""
+    """Combine the log-partitions of all parts of the vocabulary and fetch each target's logit; one collective."""
     if group is None:
         return log_z_C, target_C
     own_X = torch.cat((log_z_C, target_C))
@@ -174,7 +174,7 @@ def _add_product(total_WD: Tensor, grad_CW: Tensor, hidden_CD: Tensor, is_first:
     beta = 0 if is_first else 1
     if grad_CW.dtype == total_WD.dtype:
         total_WD.addmm_(grad_CW.t(), hidden_CD, beta=beta)
-    elif grad_CW.is_cuda:  # torch 2.10 is the first to add a product of bf16 matrices to an fp32 one
+    elif grad_CW.is_cuda:  # torch 2.10 is the first that adds a product of bf16 matrices to an fp32 matrix
         torch.addmm(total_WD, grad_CW.t(), hidden_CD, out_dtype=torch.float32, beta=beta, out=total_WD)
     elif is_first:
         total_WD.copy_(torch.mm(grad_CW.t(), hidden_CD))

@@ -1,6 +1,6 @@
-"""Cross entropy and z-loss in clear torch: all logits at once, in fp32. The oracle.
+"""Cross entropy and z-loss in plain torch: all logits at once, in fp32. The oracle.
 
-Shapes: N tokens, D hidden size, V vocabulary.
+Dimensions: N tokens, D hidden size, V vocabulary.
 """
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 def vocab_loss(
     hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, z_loss: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Mean over labelled tokens of cross entropy + z_loss · log Z² (SPEC section 2).
+    """Return the mean over labelled tokens of cross entropy + z_loss · log Z² (SPEC section 2).
 
     Args:
         hidden_ND: input of the output layer.

@@ -1,10 +1,10 @@
 """From a chunk's logits to their log-partition, then to their gradient in the same memory.
 
-Two ways to the same numbers. Compiled for a GPU, where memory traffic decides, the exponentials are made
-twice: one read, then one read and write. Without a compiler every operation is a pass of its own, and on a CPU
-the exponential is the dearest, so it is made once and kept.
+There are two ways to the same numbers. Compiled for a GPU, where memory traffic dominates, the exponentials are
+computed twice: one read, then one read and write. Without a compiler every operation is a separate pass, and on
+a CPU the exponential is the most expensive, so it is computed once and kept.
 
-Shapes: C tokens of the chunk, W vocabulary entries of this rank.
+Dimensions: C tokens of the chunk, W vocabulary entries of this rank.
 """
 
 from typing import Protocol
@@ -16,24 +16,24 @@ from tide_mega.kernels.compiled import compiled
 
 
 class ChunkSoftmax(Protocol):
-    """`log_partition` then, if wanted, `gradient_`, for one chunk after the other."""
+    """Call `log_partition` and then, if wanted, `gradient_`, for one chunk after the other."""
 
     def log_partition(self, logits_CW: Tensor) -> Tensor:
         """Return log Σ exp over this rank's entries [C] in fp32; may overwrite the logits."""
 
     def gradient_(self, logits_CW: Tensor, log_z_C: Tensor, slope_C: Tensor) -> None:
-        """Put exp(logit - log Z) · slope where the logits were, computed in fp32."""
+        """Overwrite the logits with exp(logit - log Z) · slope, computed in fp32."""
 
 
 class CompiledSoftmax:
-    """Two kernels made by torch.compile."""
+    """Two kernels compiled by torch.compile."""
 
     def __init__(self, device: torch.device) -> None:
         self._log_partition = compiled(log_partition, device, True)
         self._gradient = compiled(softmax_gradient_, device, True)
 
     def log_partition(self, logits_CW: Tensor) -> Tensor:
-        """See ChunkSoftmax; the logits stay."""
+        """See ChunkSoftmax; keeps the logits."""
         return self._log_partition(logits_CW)
 
     def gradient_(self, logits_CW: Tensor, log_z_C: Tensor, slope_C: Tensor) -> None:
@@ -48,12 +48,12 @@ def log_partition(logits_CW: Tensor) -> Tensor:
 
 
 def softmax_gradient_(logits_CW: Tensor, log_z_C: Tensor, slope_C: Tensor) -> None:
-    """Put exp(logit - log Z) · slope where the logits were."""
+    """Overwrite the logits with exp(logit - log Z) · slope."""
     logits_CW.copy_((logits_CW.float() - log_z_C[:, None]).exp() * slope_C[:, None])
 
 
 class EagerSoftmax:
-    """In place, each exponential made once: in the logits' own memory in fp32, in an fp32 copy in bf16."""
+    """Computes each exponential once: in place for fp32 logits, in an fp32 copy for bf16."""
 
     def __init__(self) -> None:
         self._kept: tuple[Tensor, Tensor] | None = None
@@ -66,7 +66,7 @@ class EagerSoftmax:
         return highest_C + exponentials_CW.sum(-1).log_()
 
     def gradient_(self, logits_CW: Tensor, log_z_C: Tensor, slope_C: Tensor) -> None:
-        """See ChunkSoftmax; of the chunk whose `log_partition` was last."""
+        """See ChunkSoftmax; for the chunk of the last call of `log_partition`."""
         assert self._kept is not None
         exponentials_CW, highest_C = self._kept
         self._kept = None
@@ -75,5 +75,5 @@ class EagerSoftmax:
 
 
 def chunk_softmax(device: torch.device, compile_kernels: bool) -> ChunkSoftmax:
-    """Choose by device."""
+    """Return the softmax for a device."""
     return CompiledSoftmax(device) if compile_kernels and device.type == "cuda" else EagerSoftmax()

@@ -1,1 +1,1 @@
-"""What goes wrong in training, and what the run then does: skip, roll back, name, stop, or end to be restarted."""
+"""Faults during training and how a run reacts: skip, roll back, name stragglers, stop, or exit to be restarted."""

@@ -1,4 +1,4 @@
-"""Ending a run that no longer moves, with what every thread was doing, so that the job can be restarted."""
+"""Watchdog: dumps every thread's stack and ends a run that makes no progress, so that it can be restarted."""
 
 import faulthandler
 import os
@@ -9,16 +9,16 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tide_mega.config.exits import Exit
 from tide_mega.config.schema import TideConfig
-from tide_mega.jobs.folder_lock import release_held
+from tide_mega.errors import Exit
+from tide_mega.jobs.lock import release_held
 
 _GRACE_SECONDS = 10.0
-"""Between the report and the end: the end of one rank would end the others before they report."""
+"""Delay between report and exit: the exit of one rank would end the others before they report."""
 
 
 def hang_seconds(config: TideConfig) -> float:
-    """How long a rank may go without progress: `faults.hang_minutes`, or two thirds of the collectives' limit."""
+    """Return how long a rank may lack progress: `faults.hang_minutes`, or 2/3 of the collectives' timeout."""
     minutes = config.faults.hang_minutes
     return 60 * (config.cluster.timeout_minutes * 2 / 3 if minutes is None else minutes)
 
@@ -29,11 +29,11 @@ def _end(status: int) -> None:
 
 
 class Watchdog:
-    """A thread that ends the process where nobody beats for too long.
+    """A thread that ends the process if `beat` is not called for too long.
 
-    One hung rank leaves all others waiting in a collective: each of them dumps its stacks too, and the one whose
-    stack is not in a collective is the culprit. It must act before the collectives' own timeout, which would end
-    the waiting ranks and, with them, the job, before the culprit's stack is seen.
+    One hung rank leaves all others waiting in a collective. Each dumps its stacks, and the one whose stack is
+    not in a collective is the culprit. The watchdog must act before the timeout of the collectives, which would
+    end the waiting ranks, and with them the job, before the culprit's stack is written.
     """
 
     def __init__(
@@ -45,14 +45,14 @@ class Watchdog:
         clock: Callable[[], float] = time.monotonic,
         end: Callable[[int], object] | None = None,
     ) -> None:
-        """Describe the watch.
+        """Set up the watchdog without starting it.
 
         Args:
-            folder: where rank-R.txt goes; made when needed.
-            rank: this process.
-            seconds: longest time between two beats; 0 never ends anything.
+            folder: for rank-R.txt; created when needed.
+            rank: of this process.
+            seconds: longest time between two beats; 0 disables the watchdog.
             clock: for tests.
-            end: takes the exit status and ends the process at once; None gives back the run folder first.
+            end: takes the exit status and ends the process at once; None also releases the run folder first.
         """
         self.path = folder / f"rank-{rank}.txt"
         self._rank, self._seconds, self._clock, self._end = rank, seconds, clock, end or _end
@@ -61,20 +61,20 @@ class Watchdog:
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Begin to watch."""
+        """Start watching."""
         self.beat(self._phase)
         if self._seconds > 0 and self._thread is None:
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self._thread.start()
 
     def beat(self, phase: str | None = None) -> None:
-        """Say that there is progress, and what comes next (None: more of the same)."""
+        """Report progress and the phase that begins (None: the same phase continues)."""
         self._last = self._clock()
         if phase is not None:
             self._phase = phase
 
     def seconds_left(self) -> float:
-        """Until the end of patience."""
+        """Return the seconds until the time limit."""
         return self._last + self._seconds - self._clock()
 
     def close(self) -> None:

@@ -1,5 +1,0 @@
-"""Figure 14: training loss against tokens."""
-
-from tide_mega.diagnostics.curves.report import run
-
-__all__ = ["run"]

@@ -1,0 +1,1 @@
+"""A run: its folder, environment, code, length, console output and orderly stop."""
