@@ -31,7 +31,6 @@ DOORS = {
     "webdataset": {"tide_mega/data/shards.py"},
     "wandb": {
         "tide_mega/training/loggers.py",
-        "tide_mega/lab/dashboard/offline.py",
         "tide_mega/lab/dashboard/workspace.py",
     },
     "wandb_workspaces": {"tide_mega/lab/dashboard/workspace.py"},

@@ -2,12 +2,9 @@
 
     python tools/plot_run.py run=runs/demo out=plots
     python tools/plot_run.py run=base=runs/demo-k0,runs/demo-k4 out=plots
-    python tools/plot_run.py run=runs/demo/wandb/offline-run-20260101_120000-abcd1234 out=plots
 
-A run is given as its folder, of which metrics.jsonl is read or, with `source=wandb` or where there is none, what
-an offline W&B run left in it; or as such an offline run's folder or .wandb file. The file of a killed run is read
-as far as it is intact. `out` receives a PNG and an SVG of each section of the dashboard, and series.csv: every
-value logged, under its W&B name. Panels without data are left out.
+A run is given as its folder, of which metrics.jsonl is read. `out` receives a PNG and an SVG of each section of
+the dashboard, and series.csv: every value logged, under its W&B name. Panels without data are left out.
 """
 
 from dataclasses import dataclass
@@ -20,7 +17,7 @@ from tide_mega.config.hydra_door import parse_tool_cli
 from tide_mega.errors import DashboardError, printable, refuse, status_of
 from tide_mega.lab.dashboard.layout import panels_without_data, remarks, summary
 from tide_mega.lab.dashboard.plots import save_plots
-from tide_mega.lab.dashboard.read import SOURCES, read_run
+from tide_mega.lab.dashboard.read import read_run
 
 
 @dataclass
@@ -28,11 +25,9 @@ class Options:
     """What to draw."""
 
     run: list[str] = MISSING
-    """Run folders, folders of offline W&B runs or .wandb files, each as `path` or `label=path`."""
+    """Run folders, each as `path` or `label=path`."""
     out: str = MISSING
     """Folder to write to."""
-    source: str = "auto"
-    """What to read of a run folder: jsonl, wandb, or auto: metrics.jsonl where there is one."""
     x: str = "tokens"
     """What metrics are drawn over: tokens or step."""
 
@@ -44,13 +39,11 @@ def plot(options: Options) -> None:
         ConfigError: an option is wrong.
         DashboardError: a run cannot be read, or nothing was logged.
     """
-    if options.source not in SOURCES:
-        refuse("source", options.source, "is unknown", f"use {', '.join(SOURCES)}")
     if options.x not in ("tokens", "step"):
         refuse("x", options.x, "is unknown", "use tokens or step")
     if not options.run:
         refuse("run", "[]", "names no run", "give at least one run folder")
-    runs = [read_run(given, options.source) for given in options.run]
+    runs = [read_run(given) for given in options.run]
     labels = [run.label for run in runs]
     if twice := next((label for label in labels if labels.count(label) > 1), None):
         refuse(

@@ -1,17 +1,12 @@
-"""Records with a number in every field, and the ways they get lost."""
+"""Records with a number in every field."""
 
-import struct
-import zlib
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import pytest
-import wandb
 
-from tide_mega.config.schema import LoggingConfig
-from tide_mega.lab.dashboard.offline import BLOCK, CHUNK, HEADER
 from tide_mega.metrics.deciles import SLOTS
 from tide_mega.metrics.names import eval_metrics, event_metrics, live_metrics, train_metrics, weights_metrics
 from tide_mega.metrics.records import (
@@ -22,7 +17,6 @@ from tide_mega.metrics.records import (
     TrainRecord,
     WeightsRecord,
 )
-from tide_mega.training.loggers import WandbLogger
 
 SIZE = 3
 """Layers and tables of the samples."""
@@ -93,44 +87,6 @@ def forget_login(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     for name in ("CONFIG", "CACHE", "DATA"):
         monkeypatch.setenv(f"WANDB_{name}_DIR", str(tmp_path / name.lower()))
-
-
-def write_offline_run(run_dir: Path, log: Any, run_id: str | None = None) -> str:
-    """Write an offline W&B run with the training's logger; return its id."""
-    config = LoggingConfig(wandb="offline", wandb_project="tide_test")
-    logger = WandbLogger(
-        config, run_dir, name="a_run", run_config={"memory": {"num_blocks": 3}}, run_id=run_id
-    )
-    log(logger)
-    logger.close()
-    wandb.teardown()  # a finished offline run may still be on its way to disk; this waits for it
-    assert logger.run_id
-    return logger.run_id
-
-
-def wandb_file(run_dir: Path) -> Path:
-    (path,) = run_dir.glob("wandb/offline-run-*/run-*.wandb")
-    return path
-
-
-def framed(records: list[bytes]) -> bytes:
-    """Write records as a .wandb file has them."""
-    data = bytearray(HEADER)
-    for record in records:
-        rest, begun = record, False
-        while not begun or rest:
-            left = BLOCK - len(data) % BLOCK
-            if left < CHUNK.size:
-                data += bytes(left)
-                left = BLOCK
-            part, rest = rest[: left - CHUNK.size], rest[left - CHUNK.size :]
-            kind = {(0, 1): 1, (0, 0): 2, (1, 0): 3, (1, 1): 4}[begun, not rest]
-            crc = zlib.crc32(bytes([kind]) + part)
-            data += struct.pack("<IHB", crc, len(part), kind) + part
-            begun = True
-            if not rest:
-                break
-    return bytes(data)
 
 
 def renumbered(record: Any, step: int) -> Any:

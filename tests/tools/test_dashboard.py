@@ -117,8 +117,8 @@ def test_two_runs_of_one_name_must_be_told_apart(
     ("words", "status", "said"),
     [
         (["run=absent"], 1, "absent is no folder"),
-        (["run={run}", "source=wandb"], 1, "has no wandb/offline-run"),
-        (["run={run}", "source=csv"], 2, "use auto, jsonl, wandb"),
+        (["run={run}/wandb"], 1, "is no folder"),
+        (["run={run}/.."], 1, "has no metrics.jsonl"),
         (["run={run}", "x=loss"], 2, "use tokens or step"),
     ],
 )

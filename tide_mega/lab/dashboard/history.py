@@ -1,6 +1,5 @@
-"""What one run logged, by W&B name, as it stands after resumes and rollbacks."""
+"""What one run logged, by W&B name."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -59,44 +58,3 @@ class RunHistory:
     def has_memory(self) -> bool:
         """Whether the model has routers, so null weights."""
         return any(name.startswith("null_weight") for name in self.names())
-
-
-def standing(rows: Iterable[Row]) -> tuple[list[Row], int]:
-    """Drop rows superseded by a resume or rollback; return the remaining rows and the number dropped.
-
-    As in metrics.jsonl: a row logged before, or of an earlier step, removes everything logged since; of events
-    it removes those with more tokens, and the same one.
-    """
-    kept: list[Row] = []
-    dropped = 0
-    for row in rows:
-        tail = _tail(kept, row)
-        again = next((n for n in tail if not _is_event(kept[n]) and not _precedes(kept[n], row)), len(kept))
-        gone = {n for n in tail if not _precedes(kept[n], row) or (n >= again and not _is_event(kept[n]))}
-        if gone:
-            kept[tail.start :] = [kept[n] for n in tail if n not in gone]
-        dropped += len(gone)
-        kept.append(row)
-    return kept, dropped
-
-
-def _tail(kept: list[Row], row: Row) -> range:
-    """Return the index from which rows may follow `row`: since steps and tokens were both behind it."""
-    for n in reversed(range(len(kept))):
-        earlier = kept[n]
-        if earlier["step"] < row["step"] and earlier["tokens"] < row["tokens"] and not _is_event(earlier):
-            return range(n + 1, len(kept))
-    return range(len(kept))
-
-
-def _precedes(earlier: Row, row: Row) -> bool:
-    if _is_event(earlier):
-        comes_again = earlier["tokens"] == row["tokens"] and earlier.keys() == row.keys()
-        return earlier["tokens"] <= row["tokens"] and not comes_again
-    if earlier["step"] == row["step"]:
-        return _is_event(row) or not (earlier.keys() & row.keys()) - set(AXES)
-    return earlier["step"] < row["step"]
-
-
-def _is_event(row: Row) -> bool:
-    return any(name.startswith("events/") for name in row)

@@ -1,4 +1,7 @@
-"""Finds and reads what a run logged: metrics.jsonl of a run folder, or W&B's files."""
+"""Reads what a run logged, by W&B name: the metrics.jsonl of its folder.
+
+W&B's own files are not read: they hold the same records, and `wandb sync` uploads an offline run's.
+"""
 
 from collections.abc import Callable
 from dataclasses import fields
@@ -6,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tide_mega.errors import DashboardError
-from tide_mega.lab.dashboard.history import Row, RunHistory, standing
-from tide_mega.lab.dashboard.offline import OfflineRun, read_offline
+from tide_mega.lab.dashboard.history import Row, RunHistory
 from tide_mega.metrics.jsonl import read_metrics
 from tide_mega.metrics.names import eval_metrics, event_metrics, live_metrics, train_metrics, weights_metrics
 from tide_mega.metrics.records import (
@@ -20,8 +22,6 @@ from tide_mega.metrics.records import (
 )
 
 METRICS_FILE = "metrics.jsonl"
-SOURCES = ("auto", "jsonl", "wandb")
-"""auto takes metrics.jsonl if there is one."""
 _KINDS: dict[str, tuple[Any, Callable[[Any], Row]]] = {
     "train": (TrainRecord, train_metrics),
     "eval": (EvalRecord, eval_metrics),
@@ -31,34 +31,24 @@ _KINDS: dict[str, tuple[Any, Callable[[Any], Row]]] = {
 }
 
 
-def read_run(given: str, source: str = "auto") -> RunHistory:
+def read_run(given: str) -> RunHistory:
     """Read a run.
 
     Args:
-        given: a run folder, an offline run's folder or its .wandb file; or `label=` and one of these.
-        source: one of `SOURCES`; applies to run folders.
+        given: a run folder, or `label=` and one.
 
     Raises:
         DashboardError: there is nothing to read, or it cannot be read.
     """
     label, path = _split(given)
-    if path.suffix == ".wandb":
-        return _from_wandb(label or path.stem, [path])
     if not path.is_dir():
-        raise DashboardError(f"{path} is no folder: give a run folder, or a .wandb file.")
-    if source != "wandb" and (path / METRICS_FILE).is_file():
-        return _from_jsonl(label or path.resolve().name, path / METRICS_FILE)
-    # W&B's own folder contains its file; a run folder contains one such folder per start.
-    # Their names contain the date, which orders online (run-*) and offline (offline-run-*) runs alike.
-    files = sorted(path.glob("run-*.wandb")) or sorted(
-        path.glob("wandb/*run-*/run-*.wandb"), key=lambda file: file.parent.name.removeprefix("offline-")
-    )
-    if source == "jsonl" or not files:
-        wanted = {"jsonl": METRICS_FILE, "wandb": "wandb/offline-run-*/run-*.wandb"}.get(
-            source, f"{METRICS_FILE} nor wandb/offline-run-*/run-*.wandb"
+        raise DashboardError(f"{path} is no folder: give a run folder, which has {METRICS_FILE}.")
+    metrics = path / METRICS_FILE
+    if not metrics.is_file():
+        raise DashboardError(
+            f"{path} has no {METRICS_FILE}: give the folder of a run that has logged something."
         )
-        raise DashboardError(f"{path} has no {wanted}: give the folder of a run that has logged something.")
-    return _from_wandb(label or path.resolve().name, files)
+    return _from_jsonl(label or path.resolve().name, metrics)
 
 
 def _split(given: str) -> tuple[str, Path]:
@@ -109,23 +99,3 @@ def _known(record: type, line: dict[str, Any], notes: list[str]) -> dict[str, An
 def _note(notes: list[str], note: str) -> None:
     if note not in notes:
         notes.append(note)
-
-
-def _from_wandb(label: str, files: list[Path]) -> RunHistory:
-    runs = [read_offline(path) for path in files]
-    last = next((run.run_id for run in reversed(runs) if run.run_id), "")
-    chosen = [run for run in runs if run.run_id in (last, "")]
-    others = sorted({run.run_id for run in runs} - {last, ""})
-    rows, dropped = standing(row for run in chosen for row in run.rows)
-    notes = [f"{run.path.name}: {note}" for run in chosen for note in _notes(run)]
-    if others:
-        notes.append(f"W&B runs {', '.join(others)} lie there too; give their .wandb files to see them")
-    if dropped:
-        notes.append(f"{dropped} rows were logged again after a resume or rollback, and left out")
-    source = str(files[0] if len(files) == 1 else files[0].parent.parent)
-    return RunHistory(label, source, rows, notes)
-
-
-def _notes(run: OfflineRun) -> list[str]:
-    ended = [] if run.is_finished else ["the run was not closed: it was killed, or goes on"]
-    return ended + run.notes
