@@ -17,12 +17,12 @@ from tide_mega.metrics.jsonl import JsonlLogger
 
 
 def log_all(logger: JsonlLogger) -> None:
-    logger.log_train(train_record())
-    logger.log_live(live_record())
-    logger.log_eval(eval_record())
-    logger.log_weights(weights_record())
+    logger.log(train_record())
+    logger.log(live_record())
+    logger.log(eval_record())
+    logger.log(weights_record())
     for event in ("skipped", "spike", "rollback"):
-        logger.log_event(event_record(event))
+        logger.log(event_record(event))
 
 
 @pytest.fixture(scope="module")

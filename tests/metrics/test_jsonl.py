@@ -43,15 +43,15 @@ EVAL = EvalRecord(
 def log_steps(path: Path, steps: list[int], resume_step: int | None = None) -> None:
     logger = JsonlLogger(path, resume_step)
     for step in steps:
-        logger.log_train(replace(TRAIN, step=step, loss=step / 3))
+        logger.log(replace(TRAIN, step=step, loss=step / 3))
     logger.close()
 
 
 def test_records_come_back_to_the_last_bit(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     logger = JsonlLogger(path, None)
-    logger.log_train(TRAIN)
-    logger.log_eval(EVAL)
+    logger.log(TRAIN)
+    logger.log(EVAL)
     assert read_metrics(path) == [
         {"kind": "train", **asdict(TRAIN)},
         {"kind": "eval", **asdict(EVAL)},
@@ -69,7 +69,7 @@ def test_any_float_survives_strict_json(value: object) -> None:
 def test_a_diverged_loss_is_kept(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     logger = JsonlLogger(path, None)
-    logger.log_train(replace(TRAIN, loss=math.nan, grad_norm=math.inf))
+    logger.log(replace(TRAIN, loss=math.nan, grad_norm=math.inf))
     logger.close()
     (record,) = read_metrics(path)
     assert math.isnan(record["loss"])
@@ -167,10 +167,10 @@ def test_a_full_disk_delays_the_log_and_stops_nothing(
     monkeypatch.setattr(os, "write", until_full)
     logger = JsonlLogger(path, None)
     for step in (1, 2):
-        logger.log_train(replace(TRAIN, step=step))
+        logger.log(replace(TRAIN, step=step))
     assert caplog.text.count("training goes on") == 1
     room = 10_000
-    logger.log_train(replace(TRAIN, step=3))
+    logger.log(replace(TRAIN, step=3))
     logger.close()
     assert [record["step"] for record in read_metrics(path)] == [1, 2, 3]
 
@@ -185,14 +185,14 @@ def test_going_back_drops_the_lines_that_come_again(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     logger = JsonlLogger(path, None)
     for step in (10, 20, 30):
-        logger.log_train(replace(TRAIN, step=step))
+        logger.log(replace(TRAIN, step=step))
     event = EventRecord(
         step=20, tokens=33_000, event="rollback", reason="spike", at_step=33, loss=9.5, z_score=11.0
     )
-    logger.log_event(replace(event, step=28, tokens=28_000, event="skipped"))
+    logger.log(replace(event, step=28, tokens=28_000, event="skipped"))
     logger.rewind(20)
-    logger.log_event(event)
-    logger.log_train(replace(TRAIN, step=30, loss=1.0))
+    logger.log(event)
+    logger.log(replace(TRAIN, step=30, loss=1.0))
     logger.close()
     records = read_metrics(path)
     assert [(record["kind"], record["step"]) for record in records] == [

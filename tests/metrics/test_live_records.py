@@ -67,8 +67,8 @@ def test_each_pair_of_tables_has_one_name() -> None:
 def test_a_rewind_drops_them_like_every_line(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     logger = JsonlLogger(path, None)
-    logger.log_live(LIVE)
-    logger.log_weights(WEIGHTS)
+    logger.log(LIVE)
+    logger.log(WEIGHTS)
     assert read_metrics(path) == [{"kind": "live", **asdict(LIVE)}, {"kind": "weights", **asdict(WEIGHTS)}]
     logger.rewind(9)
     logger.close()

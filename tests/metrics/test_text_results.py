@@ -51,7 +51,7 @@ def test_records_have_texts_on_disk_and_lines_without_them_are_read(tmp_path: Pa
     old = {key: value for key, value in asdict(record(None)).items() if key != "texts"}
     path.write_text(json.dumps({"kind": "eval", **old}) + "\n", encoding="utf-8")
     logger = JsonlLogger(path, resume_step=5)
-    logger.log_eval(record({"wiki": two_bits_each(16)}))
+    logger.log(record({"wiki": two_bits_each(16)}))
     logger.close()
     first, second = read_metrics(path)
     assert "texts" not in first

@@ -34,8 +34,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path.mkdir(parents=True)
     logger = JsonlLogger(path / "metrics.jsonl", None)
     for step in (10, 20):
-        logger.log_train(renumbered(train_record(traffic={}, null_weight_by_layer=[]), step))
-    logger.log_eval(renumbered(eval_record(null_weight_by_layer_and_bin=[]), 20))
+        logger.log(renumbered(train_record(traffic={}, null_weight_by_layer=[]), step))
+    logger.log(renumbered(eval_record(null_weight_by_layer_and_bin=[]), 20))
     return path
 
 
@@ -45,14 +45,14 @@ def bare_run(tmp_path: Path) -> Path:
     path = tmp_path / "runs" / "bare"
     path.mkdir(parents=True)
     logger = JsonlLogger(path / "metrics.jsonl", None)
-    logger.log_train(train_record(traffic={}, null_weight_by_layer=[], grad_norm_tables=None))
+    logger.log(train_record(traffic={}, null_weight_by_layer=[], grad_norm_tables=None))
     empty = {
         "null_weight_by_layer": [],
         "null_weight_by_layer_and_bin": [],
         "null_weight_by_bin": {},
         "texts": {},
     }
-    logger.log_eval(eval_record(**empty))
+    logger.log(eval_record(**empty))
     return path
 
 

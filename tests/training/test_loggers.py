@@ -3,7 +3,7 @@ from dataclasses import fields
 import pytest
 
 from tide_mega.metrics.deciles import DecileResult, NullWeightResult
-from tide_mega.metrics.records import EvalRecord, TrainRecord
+from tide_mega.metrics.records import EvalRecord, Record
 from tide_mega.training.loggers import Loggers
 
 DECILES = DecileResult(4.0, 3, {"0": 4.0}, {"0": 3}, 4.0, None, None)
@@ -13,11 +13,8 @@ class Recorder:
     def __init__(self, name: str, calls: list[tuple[str, str]], broken: bool = False) -> None:
         self.name, self.calls, self.broken = name, calls, broken
 
-    def log_train(self, record: TrainRecord) -> None:
-        self.calls.append((self.name, "train"))
-
-    def log_eval(self, record: EvalRecord) -> None:
-        self.calls.append((self.name, f"eval {record.step}"))
+    def log(self, record: Record) -> None:
+        self.calls.append((self.name, f"eval {record.step}" if isinstance(record, EvalRecord) else "other"))
 
     def close(self) -> None:
         self.calls.append((self.name, "close"))
@@ -32,7 +29,7 @@ def record() -> EvalRecord:
 def test_every_logger_gets_every_record_in_order() -> None:
     calls: list[tuple[str, str]] = []
     with Loggers([Recorder("a", calls), Recorder("b", calls)]) as loggers:
-        loggers.log_eval(record())
+        loggers.log(record())
     assert calls == [("a", "eval 7"), ("b", "eval 7"), ("b", "close"), ("a", "close")]
 
 
@@ -46,7 +43,7 @@ def test_all_are_closed_even_where_one_raises() -> None:
 
 def test_ranks_without_loggers_do_nothing() -> None:
     with Loggers() as loggers:
-        loggers.log_eval(record())
+        loggers.log(record())
 
 
 def test_an_evaluation_joins_losses_and_null_weights() -> None:

@@ -72,8 +72,8 @@ def test_evaluation_line_with_texts() -> None:
 def test_lines_are_plain_and_one_a_record() -> None:
     stream = io.StringIO()
     progress = Progress(2000, stream)
-    progress.log_train(TRAIN)
-    progress.log_eval(EVAL)
+    progress.log(TRAIN)
+    progress.log(EVAL)
     progress.close()
     assert stream.getvalue() == f"{format_train(TRAIN, 2000)}\n{format_eval(EVAL, 2000)}\n"
 

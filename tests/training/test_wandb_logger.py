@@ -14,9 +14,10 @@ import wandb
 from wandb.proto import wandb_internal_pb2 as pb
 
 from tide_mega.config.schema import LoggingConfig
+from tide_mega.metrics.names import eval_metrics, event_metrics, train_metrics
 from tide_mega.metrics.records import EvalRecord, EventRecord, TrainRecord
 from tide_mega.training import loggers as wandb_logger
-from tide_mega.training.loggers import WandbLogger, eval_metrics, event_metrics, train_metrics
+from tide_mega.training.loggers import WandbLogger
 
 TRAIN = TrainRecord(
     step=10,
@@ -110,9 +111,9 @@ def open_logger(run_dir: Path, run_id: str | None, mode: str = "auto") -> WandbL
 
 def test_an_offline_run_reads_back(tmp_path: Path) -> None:
     logger = open_logger(tmp_path, None)
-    logger.log_train(TRAIN)
-    logger.log_eval(EVAL)
-    logger.log_train(replace(TRAIN, step=20, loss=5.0))
+    logger.log(TRAIN)
+    logger.log(EVAL)
+    logger.log(replace(TRAIN, step=20, loss=5.0))
     logger.close()
     history, metrics, runs = read_offline_run(tmp_path)
     logged = [{key: row[key] for key in row if not key.startswith("_")} for row in history]
@@ -129,10 +130,10 @@ def test_an_offline_run_reads_back(tmp_path: Path) -> None:
 
 def test_a_resumed_run_keeps_its_identity(tmp_path: Path) -> None:
     first = open_logger(tmp_path / "a", None)
-    first.log_train(TRAIN)
+    first.log(TRAIN)
     first.close()
     second = open_logger(tmp_path / "b", first.run_id)
-    second.log_train(replace(TRAIN, step=20))
+    second.log(replace(TRAIN, step=20))
     second.close()
     assert first.run_id
     assert second.run_id == first.run_id
@@ -143,14 +144,14 @@ def test_rows_are_numbered_on_over_all_starts(tmp_path: Path) -> None:
     run_id = None
     for step in (10, 20, 20):
         logger = open_logger(tmp_path, run_id)
-        logger.log_train(replace(TRAIN, step=step))
-        logger.log_eval(EVAL)
+        logger.log(replace(TRAIN, step=step))
+        logger.log(EVAL)
         logger.close()
         run_id = logger.run_id
     history = read_offline_run(tmp_path)[0]
     assert sorted(row["_step"] for row in history) == list(range(6))
     another = open_logger(tmp_path, None)
-    another.log_train(TRAIN)
+    another.log(TRAIN)
     another.close()
     assert sorted(row["_step"] for row in read_offline_run(tmp_path)[0]) == [0, *range(6)]
 
@@ -167,8 +168,8 @@ def test_the_count_of_rows_is_written_through_no_link(tmp_path: Path) -> None:
 
 def test_two_runs_of_one_process_stay_apart(tmp_path: Path) -> None:
     first, second = open_logger(tmp_path / "a", None), open_logger(tmp_path / "b", None)
-    second.log_train(replace(TRAIN, loss=2.0))
-    first.log_train(replace(TRAIN, loss=1.0))
+    second.log(replace(TRAIN, loss=2.0))
+    first.log(replace(TRAIN, loss=1.0))
     first.close()
     second.close()
     assert first.run_id != second.run_id
@@ -237,8 +238,8 @@ def test_a_server_that_refuses_connections_costs_its_patience_and_no_training(
     monkeypatch.setitem(wandb_logger._SETTINGS, "init_timeout", 3.0)
     wandb.teardown()  # its service has read the environment before
     logger = open_logger(tmp_path, "abc123", mode="online")
-    logger.log_train(TRAIN)
-    logger.log_event(EVENT)
+    logger.log(TRAIN)
+    logger.log(EVENT)
     logger.close()
     assert logger.run_id == "abc123"
     assert len(read_offline_run(tmp_path)[0]) == 2
@@ -247,7 +248,7 @@ def test_a_server_that_refuses_connections_costs_its_patience_and_no_training(
 
 def test_disabled_writes_nothing(tmp_path: Path) -> None:
     logger = open_logger(tmp_path, "kept", mode="disabled")
-    logger.log_train(TRAIN)
+    logger.log(TRAIN)
     logger.close()
     assert logger.run_id == "kept"
     assert list(tmp_path.iterdir()) == []
@@ -265,7 +266,7 @@ def test_no_connection_falls_back_to_offline_and_says_so_once(
 
     monkeypatch.setattr(wandb_logger.wandb, "init", unreachable)
     logger = open_logger(tmp_path, "abc123", mode="online")
-    logger.log_train(TRAIN)
+    logger.log(TRAIN)
     logger.close()
     assert logger.run_id == "abc123"
     assert len(read_offline_run(tmp_path)[0]) == 1
@@ -291,8 +292,8 @@ def test_a_run_that_breaks_does_not_stop_training(
     monkeypatch.setattr(wandb_logger.wandb, "init", lambda **_: Broken())
     logger = open_logger(tmp_path, None)
     for _ in range(3):
-        logger.log_train(TRAIN)
-    logger.log_eval(EVAL)
+        logger.log(TRAIN)
+    logger.log(EVAL)
     logger.close()
     assert sum("training goes on" in record.message for record in caplog.records) == 1
 
@@ -305,7 +306,7 @@ def test_a_run_that_cannot_start_does_not_stop_training(
 
     monkeypatch.setattr(wandb_logger.wandb, "init", refuse)
     logger = open_logger(tmp_path, "abc123")
-    logger.log_train(TRAIN)
+    logger.log(TRAIN)
     logger.close()
     assert logger.run_id == "abc123"
 
@@ -320,7 +321,7 @@ def test_records_have_no_token_and_the_machine_by_choice(
     config = LoggingConfig(wandb="offline", wandb_project="tide_test", wandb_machine=with_machine)
     run_config = {"checkpoint": {"remote": "https://MARKER@example.org/a", "also": ["s3://a?token=MARKER"]}}
     logger = WandbLogger(config, tmp_path, name="a_run", run_config=run_config, run_id=None)
-    logger.log_train(TRAIN)
+    logger.log(TRAIN)
     logger.close()
     wandb.teardown()  # its service may still be writing
     written = b"".join(path.read_bytes() for path in tmp_path.rglob("*.wandb"))

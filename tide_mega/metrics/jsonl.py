@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from tide_mega.files import parse_json, write_bytes
-from tide_mega.metrics.records import EvalRecord, EventRecord, LiveRecord, TrainRecord, WeightsRecord
+from tide_mega.metrics.records import KINDS, Record
 
 log = logging.getLogger(__name__)
 
+_KIND_OF = {record: kind for kind, record in KINDS.items()}
 _OF_EVALUATIONS = ("eval", "weights")
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
@@ -51,25 +52,12 @@ class JsonlLogger:
         self._pending = bytearray()
         self._complained = False
 
-    def log_train(self, record: TrainRecord) -> None:
-        """Append a line of kind "train"."""
-        self._write("train", record)
-
-    def log_eval(self, record: EvalRecord) -> None:
-        """Append a line of kind "eval"."""
-        self._write("eval", record)
-
-    def log_live(self, record: LiveRecord) -> None:
-        """Append a line of kind "live"."""
-        self._write("live", record)
-
-    def log_weights(self, record: WeightsRecord) -> None:
-        """Append a line of kind "weights"."""
-        self._write("weights", record)
-
-    def log_event(self, record: EventRecord) -> None:
-        """Append a line of kind "event"."""
-        self._write("event", record)
+    def log(self, record: Record) -> None:
+        """Append a record as a line of its kind."""
+        fields = asdict(record)
+        line = {"step": fields.pop("step"), "kind": _KIND_OF[type(record)], **fields}
+        self._pending += json.dumps(_encode(line), allow_nan=False).encode() + b"\n"
+        self._flush()
 
     def rewind(self, step: int) -> None:
         """Drop the lines of steps after `step`, which will be logged again; events stay, as the data goes on."""
@@ -88,14 +76,6 @@ class JsonlLogger:
             log.error(
                 "%s lacks its last %d bytes, which could not be written", self._path, len(self._pending)
             )
-
-    def _write(
-        self, kind: str, record: TrainRecord | EvalRecord | EventRecord | LiveRecord | WeightsRecord
-    ) -> None:
-        fields = asdict(record)
-        line = {"step": fields.pop("step"), "kind": kind, **fields}
-        self._pending += json.dumps(_encode(line), allow_nan=False).encode() + b"\n"
-        self._flush()
 
     def _flush(self) -> None:
         """Write what is pending; a failure to write never stops training."""

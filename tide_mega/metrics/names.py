@@ -4,7 +4,22 @@ import math
 from typing import Any
 
 from tide_mega.metrics.deciles import BySlot
-from tide_mega.metrics.records import EvalRecord, EventRecord, LiveRecord, TrainRecord, WeightsRecord
+from tide_mega.metrics.records import EvalRecord, EventRecord, LiveRecord, Record, TrainRecord, WeightsRecord
+
+
+def metrics_of(record: Record) -> dict[str, float]:
+    """Return the metrics of a record by their names in W&B."""
+    match record:
+        case TrainRecord():
+            return train_metrics(record)
+        case EvalRecord():
+            return eval_metrics(record)
+        case LiveRecord():
+            return live_metrics(record)
+        case WeightsRecord():
+            return weights_metrics(record)
+        case EventRecord():
+            return event_metrics(record)
 
 
 def train_metrics(record: TrainRecord) -> dict[str, float]:

@@ -255,3 +255,15 @@ class WeightsRecord:
     """[K], 1 - cos(E[v], E_k[v]), 0 to 2."""
     cosine_distance_between: list[list[float]]
     """[K][K], 1 - cos(E_j[v], E_k[v])."""
+
+
+Record = TrainRecord | EvalRecord | LiveRecord | WeightsRecord | EventRecord
+
+KINDS: dict[str, type[Record]] = {
+    "train": TrainRecord,
+    "eval": EvalRecord,
+    "live": LiveRecord,
+    "weights": WeightsRecord,
+    "event": EventRecord,
+}
+"""What metrics.jsonl calls each kind of record."""

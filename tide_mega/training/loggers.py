@@ -22,8 +22,8 @@ from tide_mega.config.help import keyed
 from tide_mega.config.schema import LoggingConfig, TideConfig
 from tide_mega.errors import without_credentials
 from tide_mega.metrics.jsonl import JsonlLogger
-from tide_mega.metrics.names import eval_metrics, event_metrics, live_metrics, train_metrics, weights_metrics
-from tide_mega.metrics.records import EvalRecord, EventRecord, LiveRecord, TrainRecord, WeightsRecord
+from tide_mega.metrics.names import metrics_of
+from tide_mega.metrics.records import EvalRecord, Record, TrainRecord
 from tide_mega.run.environment import git_state
 from tide_mega.run.folder import RunFolder
 from tide_mega.training.outset import ORIGIN, SCHEDULE, Outset
@@ -46,22 +46,16 @@ class Progress:
         self._total_steps = total_steps
         self._stream = stream
 
-    def log_train(self, record: TrainRecord) -> None:
-        """Print step, loss, learning rate, gradient norm, speed and time left."""
-        self._print(format_train(record, self._total_steps))
+    def log(self, record: Record) -> None:
+        """Print a line of a window of steps or of an evaluation; live diagnostics are too much for one.
 
-    def log_eval(self, record: EvalRecord) -> None:
-        """Print the held-out loss, total and by rarity, and the perplexity on texts."""
-        self._print(format_eval(record, self._total_steps))
-
-    def log_live(self, record: LiveRecord) -> None:
-        """Do nothing: too much for one line."""
-
-    def log_weights(self, record: WeightsRecord) -> None:
-        """Do nothing: too much for one line."""
-
-    def log_event(self, record: EventRecord) -> None:
-        """Do nothing: the log already has a warning."""
+        Events have had a warning in the log.
+        """
+        match record:
+            case TrainRecord():
+                self._print(format_train(record, self._total_steps))
+            case EvalRecord():
+                self._print(format_eval(record, self._total_steps))
 
     def rewind(self, step: int) -> None:
         """Do nothing: printed lines stay."""
@@ -169,25 +163,14 @@ class WandbLogger:
         if mode != "disabled":
             self._run = self._open(mode, config, run_dir, name, run_config)
 
-    def log_train(self, record: TrainRecord) -> None:
-        """Log a window of training steps."""
-        self._log(train_metrics(record))
-
-    def log_eval(self, record: EvalRecord) -> None:
-        """Log an evaluation."""
-        self._log(eval_metrics(record))
-
-    def log_live(self, record: LiveRecord) -> None:
-        """Log the diagnostics of the tokens of a window of training steps."""
-        self._log(live_metrics(record))
-
-    def log_weights(self, record: WeightsRecord) -> None:
-        """Log the diagnostics of the weights at an evaluation."""
-        self._log(weights_metrics(record))
-
-    def log_event(self, record: EventRecord) -> None:
-        """Log a faulty step."""
-        self._log(event_metrics(record))
+    def log(self, record: Record) -> None:
+        """Log a record's metrics as one row."""
+        if self._run is not None:
+            try:
+                # Explicit row numbers: at each start of an offline run W&B would count from 0 again.
+                self._run.log(metrics_of(record), step=self._rows.next(), commit=True)
+            except Exception as error:
+                self._report(f"could not log: {error}")
 
     def rewind(self, step: int) -> None:
         """Do nothing: W&B keeps what was logged, and the repeated steps follow it."""
@@ -233,14 +216,6 @@ class WandbLogger:
                 log.info("W&B run %s (%s)", run.id, where)
                 return run
         return None
-
-    def _log(self, metrics: dict[str, float]) -> None:
-        if self._run is not None:
-            try:
-                # Explicit row numbers: at each start of an offline run W&B would count from 0 again.
-                self._run.log(metrics, step=self._rows.next(), commit=True)
-            except Exception as error:
-                self._report(f"could not log: {error}")
 
     def _report(self, what: str) -> None:
         if not self._failed:
@@ -322,20 +297,8 @@ def has_login() -> bool:
 class MetricsLogger(Protocol):
     """A destination of records."""
 
-    def log_train(self, record: TrainRecord) -> None:
-        """Take the record of a window of training steps."""
-
-    def log_eval(self, record: EvalRecord) -> None:
-        """Take the record of an evaluation."""
-
-    def log_live(self, record: LiveRecord) -> None:
-        """Take the diagnostics of the tokens of a window of training steps."""
-
-    def log_weights(self, record: WeightsRecord) -> None:
-        """Take the diagnostics of the weights at an evaluation."""
-
-    def log_event(self, record: EventRecord) -> None:
-        """Take the record of a faulty step."""
+    def log(self, record: Record) -> None:
+        """Take a record."""
 
     def rewind(self, step: int) -> None:
         """Roll back to `step` steps done; later steps will be logged again."""
@@ -350,30 +313,10 @@ class Loggers:
     def __init__(self, loggers: Sequence[MetricsLogger] = ()) -> None:
         self._loggers = tuple(loggers)
 
-    def log_train(self, record: TrainRecord) -> None:
-        """Log the record of a window of training steps."""
+    def log(self, record: Record) -> None:
+        """Pass a record on."""
         for logger in self._loggers:
-            logger.log_train(record)
-
-    def log_eval(self, record: EvalRecord) -> None:
-        """Log the record of an evaluation."""
-        for logger in self._loggers:
-            logger.log_eval(record)
-
-    def log_live(self, record: LiveRecord) -> None:
-        """Log the diagnostics of the tokens of a window of training steps."""
-        for logger in self._loggers:
-            logger.log_live(record)
-
-    def log_weights(self, record: WeightsRecord) -> None:
-        """Log the diagnostics of the weights at an evaluation."""
-        for logger in self._loggers:
-            logger.log_weights(record)
-
-    def log_event(self, record: EventRecord) -> None:
-        """Log a faulty step."""
-        for logger in self._loggers:
-            logger.log_event(record)
+            logger.log(record)
 
     def rewind(self, step: int) -> None:
         """Tell every logger that the run goes back to `step` steps done."""

@@ -345,7 +345,7 @@ class Reporter:
             exchanged_bytes_per_step=moved / (state.step - self._metered_from),
             **asdict(reading),
         )
-        self.loggers.log_train(self._last_train)
+        self.loggers.log(self._last_train)
         if means.deciles is not None:
             live = LiveRecord.of(
                 state.step,
@@ -355,14 +355,14 @@ class Reporter:
                 null_weight=null_weight,
                 grad_norm_by_table=table_norms,
             )
-            self.loggers.log_live(live)
+            self.loggers.log(live)
         self.window.restart(state.step)
         self._metered_from = state.step
         self._ledger.write()
 
     def log_event(self, event: str, verdict: Verdict, at_step: int) -> None:
         """Log a faulty step, numbered from 1; local."""
-        self.loggers.log_event(
+        self.loggers.log(
             EventRecord(
                 step=self._state.step,
                 tokens=self.tokens,
@@ -379,9 +379,9 @@ class Reporter:
         step = self._state.step
         with self._ledger.spend("evaluation"), self._stage.meter.paused():  # traffic counts training alone
             self._last_eval = self._evaluator.evaluate(step, self.tokens, on_progress=on_progress)
-            self.loggers.log_eval(self._last_eval)
+            self.loggers.log(self._last_eval)
             if self._weights is not None and (found := self._weights.measure(step, self.tokens)) is not None:
-                self.loggers.log_weights(found)
+                self.loggers.log(found)
 
     def keep(self) -> None:
         """Store the sums since the last log line and the windows left out in the state, to be saved with it."""

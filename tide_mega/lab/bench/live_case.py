@@ -119,7 +119,7 @@ class LiveCase:
         )
         self._by_decile.restart(self._steps)
         watch.mark("memory, means over ranks")
-        self._loggers.log_live(record)
+        self._loggers.log(record)
         watch.mark("writing")
 
     def evaluation(self, watch: Stopwatch) -> None:
@@ -127,7 +127,7 @@ class LiveCase:
         record = self._weights.measure(self._steps, self._steps)
         watch.mark("norms and distances of weights")
         if record is not None:
-            self._loggers.log_weights(record)
+            self._loggers.log(record)
         watch.mark("writing of these")
 
     def close(self) -> None:

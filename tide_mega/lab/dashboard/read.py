@@ -3,7 +3,6 @@
 W&B's own files are not read: they hold the same records, and `wandb sync` uploads an offline run's.
 """
 
-from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -11,24 +10,10 @@ from typing import Any
 from tide_mega.errors import DashboardError
 from tide_mega.lab.dashboard.history import Row, RunHistory
 from tide_mega.metrics.jsonl import read_metrics
-from tide_mega.metrics.names import eval_metrics, event_metrics, live_metrics, train_metrics, weights_metrics
-from tide_mega.metrics.records import (
-    EvalRecord,
-    EventRecord,
-    LiveRecord,
-    TextResult,
-    TrainRecord,
-    WeightsRecord,
-)
+from tide_mega.metrics.names import metrics_of
+from tide_mega.metrics.records import KINDS, TextResult
 
 METRICS_FILE = "metrics.jsonl"
-_KINDS: dict[str, tuple[Any, Callable[[Any], Row]]] = {
-    "train": (TrainRecord, train_metrics),
-    "eval": (EvalRecord, eval_metrics),
-    "live": (LiveRecord, live_metrics),
-    "weights": (WeightsRecord, weights_metrics),
-    "event": (EventRecord, event_metrics),
-}
 
 
 def read_run(given: str) -> RunHistory:
@@ -71,17 +56,17 @@ def _from_jsonl(label: str, path: Path) -> RunHistory:
 def _named(line: dict[str, Any], path: Path, notes: list[str]) -> Row | None:
     """Return a line by its W&B names; None if it is of an unknown kind."""
     kind = line.get("kind")
-    if kind not in _KINDS:
+    if kind not in KINDS:
         _note(notes, f"lines of the unknown kind {kind!r} were left out")
         return None
-    record, metrics = _KINDS[kind]
+    record = KINDS[kind]
     try:
         known = _known(record, line, notes)
         if texts := known.get("texts"):
             known["texts"] = {
                 name: TextResult(**_known(TextResult, text, notes)) for name, text in texts.items()
             }
-        return metrics(record(**known))
+        return metrics_of(record(**known))
     except (TypeError, AttributeError) as error:
         raise DashboardError(
             f"{path}: the {kind} line of step {line['step']} is none that training writes ({error}); repair or "
