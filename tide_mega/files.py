@@ -12,6 +12,7 @@ import functools
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import stat
@@ -65,6 +66,17 @@ def write_bytes(path: Path, content: bytes, *, mode: int = 0o666) -> None:
     """Write `content` to `path` atomically, with the permissions `mode` reduced by the umask."""
     with atomic_writer(path, mode=mode) as file:
         file.write(content)
+
+
+def json_values(value: Any) -> Any:
+    """Return a value with NaN and infinities, which JSON lacks, as "NaN", "Infinity", "-Infinity"."""
+    if isinstance(value, dict):
+        return {key: json_values(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_values(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
 
 
 def write_json(path: Path, value: Any) -> None:

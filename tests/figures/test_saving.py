@@ -84,7 +84,7 @@ def test_a_file_from_elsewhere_is_not_shown(tmp_path, name):
 def test_what_is_not_finite_is_text_in_json(tmp_path):
     save(section(math.nan), DEMO, tmp_path / "demo", {}, 0.0)
     content = json.loads((tmp_path / "demo" / "section.json").read_text())
-    assert content["tables"]["rows"]["rows"][0] == ["0", "nan"]
+    assert content["tables"]["rows"]["rows"][0] == ["0", "NaN"]
 
 
 def test_a_table_has_a_cell_for_every_column():

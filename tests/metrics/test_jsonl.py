@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tide_mega.metrics.jsonl import JsonlLogger, _decode, _encode, read_metrics, truncate_after
+from tide_mega.files import json_values
+from tide_mega.metrics.jsonl import JsonlLogger, _decode, read_metrics, truncate_after
 from tide_mega.metrics.records import EvalRecord, EventRecord, TrainRecord
 
 TRAIN = TrainRecord(
@@ -62,7 +63,7 @@ def test_records_come_back_to_the_last_bit(tmp_path: Path) -> None:
 
 @given(st.recursive(st.floats() | st.none() | st.integers(), lambda inner: st.lists(inner, max_size=3)))
 def test_any_float_survives_strict_json(value: object) -> None:
-    back = _decode(json.loads(json.dumps(_encode({"x": value}), allow_nan=False)))
+    back = _decode(json.loads(json.dumps(json_values({"x": value}), allow_nan=False)))
     assert repr(back) == repr({"x": value})
 
 

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tide_mega.files import parse_json, write_bytes
+from tide_mega.files import json_values, parse_json, write_bytes
 from tide_mega.metrics.records import KINDS, Record
 
 log = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class JsonlLogger:
         """Append a record as a line of its kind."""
         fields = asdict(record)
         line = {"step": fields.pop("step"), "kind": _KIND_OF[type(record)], **fields}
-        self._pending += json.dumps(_encode(line), allow_nan=False).encode() + b"\n"
+        self._pending += json.dumps(json_values(line), allow_nan=False).encode() + b"\n"
         self._flush()
 
     def rewind(self, step: int) -> None:
@@ -173,16 +173,6 @@ def _is_count(value: Any) -> bool:
 def _describe(path: Path, damaged: dict[int, str]) -> str:
     said = "; ".join(f"line {number} {what}" for number, what in damaged.items())
     return f"{path} is damaged: {said}"
-
-
-def _encode(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _encode(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_encode(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    return value
 
 
 def _decode(value: Any) -> Any:

@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 
 from tide_mega.data.frequency import BIN_GROUPS, NUM_BINS
 from tide_mega.errors import StatedError
+from tide_mega.files import json_values
 from tide_mega.lab.plotting import BASELINE, Line, decile_axis, label, legend, line, panels
 from tide_mega.metrics.jsonl import read_metrics
 
@@ -445,14 +446,14 @@ class DecileReport:
         return format_table(self.baseline, self.runs, self.rows)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything as JSON values; non-finite numbers become None."""
+        """Return everything as JSON values; non-finite numbers as `files.json_values` writes them."""
         content = {
             "unit": "nats per token",
             "baseline": asdict(self.baseline),
             "runs": [asdict(run) for run in self.runs],
             "rows": [asdict(row) for row in self.rows],
         }
-        return _finite(content)
+        return json_values(content)
 
     def to_csv(self) -> str:
         """Return the rows as CSV; columns of a run start with its label."""
@@ -508,11 +509,3 @@ def _flat(row: Row) -> dict[str, Any]:
     for run, compared in row.runs.items():
         flat |= {f"{run}_{name}": value for name, value in asdict(compared).items()}
     return flat
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -5,7 +5,6 @@ On disk it is a folder with `section.json`, a CSV file for every table, and a PN
 
 import csv
 import io
-import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -16,7 +15,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from tide_mega.errors import PlaceError
-from tide_mega.files import read_json, regular_file, write_bytes, write_json
+from tide_mega.files import json_values, read_json, regular_file, write_bytes, write_json
 from tide_mega.lab.figures.registry import Diagnostic
 
 Cell = str | int | float | bool | None
@@ -111,7 +110,7 @@ def save(
     )
     content = asdict(saved)
     del content["folder"], content["of"]
-    write_json(folder / SECTION_FILE, _finite(content))
+    write_json(folder / SECTION_FILE, json_values(content))
     return saved
 
 
@@ -159,12 +158,3 @@ def to_csv(table: DataTable) -> str:
 
 def _cell(cell: Cell) -> Cell:
     return str(cell).lower() if isinstance(cell, bool) else cell
-
-
-def _finite(value: Any) -> Any:
-    """Replace NaN and infinities, which JSON lacks, by strings."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
