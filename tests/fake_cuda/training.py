@@ -138,7 +138,7 @@ class Loop:
             run_folder=run_folder,
             state={},
         )
-        self.window = LossWindow(config.trainer.z_loss, built.groups, bins_V, by_decile=True, speaks=True)
+        self.window = LossWindow(config.trainer.z_loss, built.groups, bins_V, by_decile=True, restores=True)
         self.window.restore(TrainingState())
         self.agreement = Agreement(Interrupt(catches=False), make_host_group())
         self.evaluator = Evaluator(config, built.stage, held_out, bins_V, built.groups)

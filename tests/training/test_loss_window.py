@@ -22,9 +22,9 @@ class Alone:
         return 1
 
 
-def window(*, by_decile=True, speaks=True):
+def window(*, by_decile=True, restores=True):
     groups = SimpleNamespace(data=Alone(), pipeline=Alone())
-    return LossWindow(Z_LOSS, groups, BINS, by_decile=by_decile, speaks=speaks)
+    return LossWindow(Z_LOSS, groups, BINS, by_decile=by_decile, restores=restores)
 
 
 def step(seed, microbatches=2):
@@ -77,7 +77,7 @@ def test_any_order_and_any_stop_give_the_same_bits(seeds, at, order):
     order.shuffle(steps)
     for one in steps[:at]:
         broken.add(*one)
-    resumed, other_rank = window(), window(speaks=False)
+    resumed, other_rank = window(), window(restores=False)
     for w in (resumed, other_rank):
         w.restore(saved(broken, step=3))
     assert other_rank.means().deciles.tokens == 0

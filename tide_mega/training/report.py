@@ -60,7 +60,7 @@ class LossWindow:
     """Sums of the losses since the last log line, on this rank's device; only `means` and `keep` wait for them."""
 
     def __init__(
-        self, z_loss: float, groups: ParallelGroups, bins_V: Tensor, *, by_decile: bool, speaks: bool
+        self, z_loss: float, groups: ParallelGroups, bins_V: Tensor, *, by_decile: bool, restores: bool
     ) -> None:
         """Begin an empty window.
 
@@ -69,10 +69,10 @@ class LossWindow:
             groups: the sums are reduced over its data and pipeline groups.
             bins_V: decile of each type, on the device.
             by_decile: whether to sum by decile too.
-            speaks: whether this rank restores the sums that a checkpoint holds: exactly one rank of the world
+            restores: whether this rank restores the sums that a checkpoint holds: exactly one rank of the world
                 does.
         """
-        self._z_loss, self._groups, self._speaks = z_loss, groups, speaks
+        self._z_loss, self._groups, self._restores = z_loss, groups, restores
         # [cross entropy, weighted z-loss, tokens]
         self._sums = torch.zeros(3, dtype=torch.float64, device=bins_V.device)
         self._deciles = ExactDecileLoss(bins_V) if by_decile else None
@@ -116,12 +116,12 @@ class LossWindow:
     def restore(self, state: TrainingState) -> None:
         """Restore the sums from a checkpoint's state; one saved without diagnostics has none by decile."""
         self.restart(state.step)
-        if self._speaks:
+        if self._restores:
             values = [state.loss_sum, state.z_loss_sum, state.window_tokens]
             self._sums += self._sums.new_tensor(values)
         if self._deciles is not None and (kept := state.extra.get(BY_DECILE)) is not None:
             self.first_step = kept["first_step"]
-            if self._speaks:
+            if self._restores:
                 self._deciles.sum += self._deciles.sum.new_tensor(kept["sum"])
                 self._deciles.count += self._deciles.count.new_tensor(kept["count"])
 
@@ -262,7 +262,7 @@ class Reporter:
             self._stage.groups,
             bins_V,
             by_decile=with_diagnostics,
-            speaks=self._is_first,
+            restores=self._is_first,
         )
         self.window.restore(state)
         self._null_weights = StepNullWeights(self._stage, bins_V)

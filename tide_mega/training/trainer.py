@@ -147,21 +147,21 @@ class Trainer:
         self.config, self.world = config, world
         self.course = Course.of(config)
         self.groups = make_groups(config.parallel, config.trainer.seed, config.memory.owners)
-        speaks, device = world.rank == 0, self.device.torch_device
-        self.folder = open_run_folder(config, world_size=world.size, device=device, writes=speaks)
+        is_logging_rank, device = world.rank == 0, self.device.torch_device
+        self.folder = open_run_folder(config, world_size=world.size, device=device, writes=is_logging_rank)
         self.watchdog = Watchdog(self.folder.hangs, world.rank, hang_seconds(config))
-        self.ledger = Ledger(self.folder.goodput if speaks else None, on_phase=self.watchdog.beat)
-        self.stream = setup.open_stream(config, "train", is_quiet=not speaks)
-        held_out = setup.open_stream(config, "validation", is_quiet=not speaks)
+        self.ledger = Ledger(self.folder.goodput if is_logging_rank else None, on_phase=self.watchdog.beat)
+        self.stream = setup.open_stream(config, "train", is_quiet=not is_logging_rank)
+        held_out = setup.open_stream(config, "validation", is_quiet=not is_logging_rank)
         texts = open_texts(config)
         stage = setup.build_stage(config, self.groups, self.device)
         self.engine = setup.build_engine(config, stage, self.device, self.accumulation)
         bins_V = setup.decile_bins(config).to(device)
         self.checkpoints = setup.open_checkpoints(config, self.folder, self.engine, self.stream, bins_V)
-        self.exports = Exports(self.folder.path, config.trainer.precision) if speaks else None
+        self.exports = Exports(self.folder.path, config.trainer.precision) if is_logging_rank else None
         if self.exports is not None:
             self.checkpoints.tell(self.exports.on_written, self.exports.in_use)
-        if speaks:
+        if is_logging_rank:
             setup.describe(config, self.course, self.stage, self.device, self.stream, held_out)
         with self.ledger.spend("resume"):
             outset = set_out(config, self.course, self.folder, self.checkpoints)
@@ -204,7 +204,7 @@ class Trainer:
             loggers=open_loggers(
                 config, self.folder, outset, total_steps=total_steps, evaluates_again=evaluates_again
             )
-            if speaks
+            if is_logging_rank
             else Loggers(),
         )
         self.reactions = Reactions(self.state, self.guard, self.checkpoints, self.ledger, self.reporter)

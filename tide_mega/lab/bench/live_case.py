@@ -57,7 +57,7 @@ class LiveCase:
         bins_V = deciles_of_zipf(config.model.vocab_size).to(device.torch_device)
         stage, z_loss = self.case.stage, config.trainer.z_loss
         self._plain, self._by_decile = (
-            LossWindow(z_loss, stage.groups, bins_V, by_decile=by_decile, speaks=True)
+            LossWindow(z_loss, stage.groups, bins_V, by_decile=by_decile, restores=True)
             for by_decile in (False, True)
         )
         self._null = StepNullWeights(stage, bins_V)

@@ -140,7 +140,7 @@ class Replicas:
                 ) from error
             log.debug("a share of the requests failed", exc_info=True)
             answer = (groups.data_rank, None, f"rank {dist.get_rank()}: {type(error).__name__}: {error}")
-        answers = self._gather(answer if self.scorer.speaks else None)
+        answers = self._gather(answer if self.scorer.has_results else None)
         failures = [failure for _, _, failure in answers if failure is not None]
         if failures:
             raise EvaluationError("; ".join(failures))

@@ -117,7 +117,7 @@ class ReplicaScorer:
         self.padding = model.run.tokenizer.eos_id
 
     @property
-    def speaks(self) -> bool:
+    def has_results(self) -> bool:
         """Whether this process has the replica's results: the first tensor rank of the last stage."""
         return self.model.groups.is_last_stage and self.model.groups.tensor_rank == 0
 

@@ -130,7 +130,7 @@ class StepGuard:
         self.injector = Injector(config.inject, rank, run_folder / "injected")
         self._stragglers = Stragglers(gather_places(replica), config.straggler_ratio)
         self._named: list[list[int]] = []
-        self._speaks = rank == 0  # every rank reaches the same result
+        self._is_logging_rank = rank == 0  # every rank reaches the same result
 
     def begin(self, batch: int) -> None:
         """Inject the faults due before the step on batch number `batch` of the training data, from 1."""
@@ -168,7 +168,7 @@ class StepGuard:
         Raises:
             DivergedError: too many steps skipped in a row, or too many rollbacks.
         """
-        if verdict.reason is not None and self._speaks:
+        if verdict.reason is not None and self._is_logging_rank:
             done = {
                 Action.APPLY: "applied all the same",
                 Action.SKIP: "skipped: nothing is updated, the data goes on",
@@ -181,7 +181,7 @@ class StepGuard:
         """Report on the steps since the last call; logs slow replicas unless the last report named the same."""
         report = self._stragglers.report()
         named = [replica.ranks for replica in report.slow]
-        if named and named != self._named and self._speaks:
+        if named and named != self._named and self._is_logging_rank:
             log.warning("slow: %s", "; ".join(map(str, report.slow)))
         self._named = named
         return report
