@@ -188,7 +188,7 @@ def test_a_hung_rank_is_found_with_its_stack_and_the_restarted_job_finishes(tiny
     statuses, outputs = run()
     assert statuses == [Exit.HUNG, Exit.HUNG], outputs
     stacks = [(tmp_path / "tiny" / "hangs" / f"rank-{rank}.txt").read_text() for rank in range(2)]
-    assert "injector.py" in stacks[1] and "in before" in stacks[1]
+    assert "guard.py" in stacks[1] and "in before" in stacks[1]
     assert "in before" not in stacks[0]
     assert "no progress" in outputs[1][1] and "in before" in outputs[1][1]
     statuses, outputs = run()
