@@ -9,9 +9,7 @@ dashboards). URLs in anything stored or printed are stripped of passwords and to
 import errno
 import os
 import re
-import sys
 import unicodedata
-from collections.abc import Callable
 from enum import IntEnum
 from typing import Any, ClassVar, NoReturn
 
@@ -191,13 +189,3 @@ class BrokenReplicaError(EvaluationError):
 
 class DashboardError(StatedError, ValueError):
     """A run that cannot be read, or a workspace that cannot be saved; the message says what to do."""
-
-
-def status_of(work: Callable[[], None]) -> int:
-    """Run a tool's work; return its exit status: 0, 1 if a run or W&B cannot be used, 2 for a bad option."""
-    try:
-        work()
-    except (ConfigError, DashboardError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
-    return 0

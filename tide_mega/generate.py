@@ -21,8 +21,7 @@ import sys
 from itertools import islice
 from typing import Any
 
-from tide_mega.config.command_line import hush_libraries, tool_entry
-from tide_mega.config.huge_pages import use_huge_pages
+from tide_mega.config.command_line import hush_libraries, tool_entry, use_huge_pages
 from tide_mega.config.hydra_door import parse_tool_cli
 from tide_mega.errors import ConfigError, Exit
 from tide_mega.inference.options import GenerateOptions, check

@@ -25,8 +25,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tide_mega.config.command_line import tool_entry
-from tide_mega.config.huge_pages import use_huge_pages
+from tide_mega.config.command_line import tool_entry, use_huge_pages
 from tide_mega.config.hydra_door import parse_tool_cli
 from tide_mega.errors import refuse
 from tide_mega.lab.bench.tool import run_tool

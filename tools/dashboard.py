@@ -13,9 +13,9 @@ WANDB_API_KEY); `json=path` and `dry_run=true` need none. tools/plot_run.py draw
 from dataclasses import dataclass
 from pathlib import Path
 
-from tide_mega.config.command_line import tool_entry
+from tide_mega.config.command_line import status_of, tool_entry
 from tide_mega.config.hydra_door import parse_tool_cli
-from tide_mega.errors import ConfigError, status_of
+from tide_mega.errors import ConfigError, DashboardError
 from tide_mega.files import write_bytes
 from tide_mega.lab.dashboard.read import read_run
 from tide_mega.training.loggers import has_login
@@ -75,7 +75,7 @@ def create(options: Options) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run the tool; return its exit status: 0, 1 for a run or W&B that cannot be used, 2 for a bad option."""
     options = parse_tool_cli(Options, argv, doc=__doc__ or "")
-    return status_of(lambda: create(options))
+    return status_of(lambda: create(options), DashboardError)
 
 
 if __name__ == "__main__":

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
-from tide_mega.config.command_line import tool_entry
+from tide_mega.config.command_line import status_of, tool_entry
 from tide_mega.config.hydra_door import parse_tool_cli
-from tide_mega.errors import DashboardError, printable, refuse, status_of
+from tide_mega.errors import DashboardError, printable, refuse
 from tide_mega.lab.dashboard.layout import panels_without_data, remarks, summary
 from tide_mega.lab.dashboard.plots import save_plots
 from tide_mega.lab.dashboard.read import read_run
@@ -64,7 +64,7 @@ def plot(options: Options) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run the tool; return its exit status: 0, 1 for a run that cannot be read, 2 for a bad option."""
     options = parse_tool_cli(Options, argv, doc=__doc__ or "")
-    return status_of(lambda: plot(options))
+    return status_of(lambda: plot(options), DashboardError)
 
 
 if __name__ == "__main__":

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from tide_mega.config.huge_pages import use_huge_pages
+from tide_mega.config.command_line import use_huge_pages
 
 ENABLED = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 IN_HUGE_PAGES = """
 from pathlib import Path
-from tide_mega.config.huge_pages import use_huge_pages
+from tide_mega.config.command_line import use_huge_pages
 use_huge_pages()
 import torch
 held = torch.ones(64 << 18)

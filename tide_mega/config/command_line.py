@@ -4,7 +4,8 @@ Words are flags or set a key. A key of type str takes its word as typed: `2024_1
 b` and `a=b` are not numbers, booleans or mappings there. Quotes around a whole value are removed, commas
 separate several values, and an unquoted `null` is None.
 
-Warnings that libraries print of their own accord are suppressed, since the start-up log says what was found.
+Before libraries are imported, the warnings that they print of their own accord are suppressed, since the start-up
+log says what was found, and torch is told to ask for huge pages.
 
 A tool ends with its status, with an error's message, or silently if nobody reads its output (`--help | head`).
 """
@@ -19,7 +20,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import NoReturn
 
-from tide_mega.errors import ConfigError, StatedError, of_the_place
+from tide_mega.errors import ConfigError, Exit, StatedError, of_the_place
 
 _LIBRARIES = ("megatron", "torch", "deepspeed", "apex", "numpy", "webdataset")
 
@@ -40,6 +41,16 @@ def hush_libraries() -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     for module in _WARNS_BY_LOG:
         logging.getLogger(module).setLevel(logging.ERROR)
+
+
+def use_huge_pages() -> None:
+    """Make torch request huge pages for large CPU tensors; call before importing torch.
+
+    Sets torch's own switch, which is off by default. Linux complies if
+    /sys/kernel/mm/transparent_hugepage/enabled is madvise or always. THP_MEM_ALLOC_ENABLE=0 in the environment
+    keeps it off.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 _FLAGS: dict[str, tuple[str, ...] | None] = {
@@ -215,6 +226,22 @@ def _unquoted(value: str) -> str | None:
 
 UNREAD = 128 + 13
 """Exit status of a command whose reader is gone: a shell's status for SIGPIPE, which Python ignores."""
+
+
+def status_of(work: Callable[[], object], *failures: type[Exception]) -> int:
+    """Run a tool's work; return its exit status: 0, 1 after one of `failures`, 2 for a bad option.
+
+    The error's message is printed instead of a traceback.
+    """
+    try:
+        work()
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return Exit.CONFIG
+    except failures as error:
+        print(f"error: {error}", file=sys.stderr)
+        return Exit.ERROR
+    return Exit.DONE
 
 
 def tool_entry(main: Callable[[], int | None]) -> NoReturn:

@@ -13,13 +13,12 @@ from dataclasses import dataclass
 
 import torch
 
+from tide_mega.config.device_memory import element_bytes
 from tide_mega.config.gpus import find_gpu
 from tide_mega.config.schema import TideConfig
 from tide_mega.memory.traffic import TrafficMeter, size
 from tide_mega.model.stage import TideStage
 from tide_mega.parallel.device import DTYPES
-
-BYTES = {"fp32": 4, "bf16": 2}
 
 
 def peak_tflops(device_name: str, precision: str) -> float | None:
@@ -74,7 +73,7 @@ def count_step(meter: TrafficMeter, stage: TideStage, config: TideConfig, microb
     micro-batch.
     """
     pipeline, stages = stage.groups.pipeline, stage.groups.pipeline.size()
-    width = BYTES[config.trainer.precision]
+    width = element_bytes(config)
     if stages > 1:
         tokens = config.data.seq_length * config.trainer.micro_batch_size
         if config.parallel.sequence_parallel:

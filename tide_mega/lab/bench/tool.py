@@ -1,11 +1,11 @@
 """How the benchmark tools end: measure, print the table, write JSON and figure, return the exit status."""
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from tide_mega.errors import ConfigError, Exit
+from tide_mega.config.command_line import status_of
+from tide_mega.errors import Exit
 from tide_mega.files import write_json
 
 Found = TypeVar("Found")
@@ -31,17 +31,14 @@ def run_tool(
     Returns:
         The exit status: 0, 1 after one of `failures`, 2 for a bad option.
     """
-    try:
-        found = measure()
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return Exit.CONFIG
-    except failures as error:
-        print(f"error: {error}", file=sys.stderr)
-        return Exit.ERROR
+    measured: list[Found] = []
+    status = status_of(lambda: measured.append(measure()), *failures)
+    if status != Exit.DONE:
+        return status
+    (found,) = measured
     print(show(found))
     if out is not None:
         write_json(Path(out), found)
     if plot is not None:
         plot(found)
-    return Exit.DONE
+    return status
