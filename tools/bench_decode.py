@@ -263,7 +263,8 @@ def _validate(options: DecodeOptions) -> None:
 
 def show(found: dict[str, Any]) -> str:
     """The tables, as text."""
-    from tide_mega.lab.bench.show import aligned, megabytes, milliseconds
+    from tide_mega.lab.bench.show import megabytes, milliseconds
+    from tide_mega.text_table import aligned
 
     options = found["options"]
     parameters = "{layers} layers, D = {width:,}, V = {vocab:,}, {dtype}, {threads} thread(s)".format(
@@ -281,7 +282,7 @@ def show(found: dict[str, Any]) -> str:
         row.append(f"{line['hits']:.0%}" if "hits" in line else "")
         rows.append(row)
     head = ["batch", "decoder", "cpu ms", "x K=0, cpu", "wall ms", "x K=0, wall", "hits"]
-    parts = [f"A step on {found['device']}: {parameters}", aligned(head, rows)]
+    parts = [f"A step on {found['device']}: {parameters}", aligned([head], rows)]
     for kind, times in found.get("llama_cpp", {}).items():
         parts.append(
             f"llama.cpp {kind}: {milliseconds(times['cpu'])} ms cpu, {milliseconds(times['wall'])} ms wall"

@@ -87,7 +87,8 @@ def bench(options: LiveOptions) -> dict[str, Any]:
 def show(found: dict[str, Any]) -> str:
     """The result as text."""
     from tide_mega.lab.bench.live_case import EVALUATED, LOGGED
-    from tide_mega.lab.bench.show import aligned, milliseconds
+    from tide_mega.lab.bench.show import milliseconds
+    from tide_mega.text_table import aligned
 
     options, step = found["options"], found["step"]["median"]
 
@@ -107,7 +108,7 @@ def show(found: dict[str, Any]) -> str:
         f"Live diagnostics of {options['model']} with K={options['blocks']}, {options['accumulation']} x "
         f"{options['micro_batch'] * options['seq_length']:,} tokens of sequences of {options['seq_length']:,}, "
         f"{options['precision']}, on {options['device']}{threads}\n"
-        f"{aligned(['item', 'ms', 'when', 'of a step', 'amortised'], rows)}\n"
+        f"{aligned([['item', 'ms', 'when', 'of a step', 'amortised']], rows)}\n"
         f"step without: {spread(found['step'])} ms; with / without in rounds of {options['every']}: "
         f"{ratio['median']:.4f} ({ratio['low']:.4f} to {ratio['high']:.4f})\n"
         f"all items, eval_every={options['eval_every']:,}: {shares}"

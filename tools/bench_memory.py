@@ -28,9 +28,9 @@ from tide_mega.config.command_line import tool_entry
 from tide_mega.config.hydra_door import parse_tool_cli
 from tide_mega.errors import ConfigError, refuse
 from tide_mega.lab.bench.measure import EXACT_FREE
-from tide_mega.lab.bench.show import aligned
 from tide_mega.lab.bench.tool import run_tool
 from tide_mega.memory.traffic import Layout, Tables, Widths, owner_memory, plain_memory
+from tide_mega.text_table import aligned
 
 APPROACHES = ("plain", "tensor", "tensor_data")
 FP32 = Widths(row=4, gradient=4, read=0)
@@ -179,7 +179,7 @@ def show(lines: list[dict[str, Any]]) -> str:
         for key, ratio in ratio_of.items():
             row += [f"{line[key] / MEGA:,.0f}", f"{line[ratio]:.2f}"] if key in line else ["-", "-"]
         cells.append(row)
-    return aligned(head, cells)
+    return aligned([head], cells)
 
 
 def main(argv: list[str] | None = None) -> int:

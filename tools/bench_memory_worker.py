@@ -110,10 +110,10 @@ def build_system(task: Task) -> Callable[[int], None]:
         clip_grad=config.optim.clip_grad,
         micro_batch_size=task.micro_batch,
         accumulation=1,
-        shares_norm=stage.owned is not None,
+        shares_norm=stage.memory.owned is not None,
     )
     parameters = parameter_groups(stage, config.optim)
-    engine = Engine(stage, parameters, config.optim, options, groups, device, stage.owned)
+    engine = Engine(stage, parameters, config.optim, options, groups, device, stage.memory.owned)
 
     def step(number: int) -> None:
         compute_gradients(engine, [batch(task, number)], config.trainer.z_loss)

@@ -133,7 +133,8 @@ def _validate(options: MixOptions) -> None:
 
 def show(found: dict[str, Any]) -> str:
     """The table, as text; times are those of one layer."""
-    from tide_mega.lab.bench.show import aligned, megabytes, milliseconds
+    from tide_mega.lab.bench.show import megabytes, milliseconds
+    from tide_mega.text_table import aligned
 
     head = [
         "K",
@@ -168,7 +169,7 @@ def show(found: dict[str, Any]) -> str:
         f"{options['distribution']} ids, on {options['device']}"
         + (f" with {options['threads']} threads" if options["device"] == "cpu" else "")
         + f"; measured bandwidth {found['bandwidth'] / 1e9:,.1f} GB/s\n"
-        + "\n".join([aligned(head, rows), *found["left_out"]])
+        + "\n".join([aligned([head], rows), *found["left_out"]])
     )
 
 

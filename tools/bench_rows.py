@@ -176,7 +176,8 @@ def _validate(options: RowsOptions) -> None:
 
 def show(found: dict[str, Any]) -> str:
     """The three tables, as text."""
-    from tide_mega.lab.bench.show import aligned, megabytes, milliseconds
+    from tide_mega.lab.bench.show import megabytes, milliseconds
+    from tide_mega.text_table import aligned
 
     options = found["options"]
     lookups = [
@@ -205,12 +206,12 @@ def show(found: dict[str, Any]) -> str:
     return "\n\n".join(
         [
             f"Look-ups in memory, D = {options['width']:,}, {options['dtype']}, CPU time\n"
-            + aligned(["K", "batch", "format", "bytes a token", "p10 ms", "p50 ms", "x"], lookups),
+            + aligned([["K", "batch", "format", "bytes a token", "p10 ms", "p50 ms", "x"]], lookups),
             f"From a file of {options['disk_rows']:,} records of {found['record_bytes']:,} bytes "
             f"({megabytes(found['file_bytes'])} MB), wall time\n"
-            + aligned(["read", "p10 ms", "p50 ms", "p95 ms"], reads),
+            + aligned([["read", "p10 ms", "p50 ms", "p95 ms"]], reads),
             f"Cache of the rows used last, {found['tokens']:,} tokens of a vocabulary of {options['vocab']:,}\n"
-            + aligned(["rows kept", "tokens that hit"], hits),
+            + aligned([["rows kept", "tokens that hit"]], hits),
         ]
     )
 

@@ -22,7 +22,7 @@ from tide_mega.config.hydra_door import parse_tool_cli
 from tide_mega.errors import ConfigError, refuse
 from tide_mega.files import write_json
 from tide_mega.kernels.tuning import KERNELS, find
-from tide_mega.lab.bench.show import aligned
+from tide_mega.text_table import aligned
 
 ARCHITECTURES = ("sm_90", "sm_100")
 DTYPES = ("bf16", "fp32")
@@ -109,7 +109,7 @@ def show(reports: list[Any]) -> str:
         cells.append(
             [r.kernel, r.arch, *sizes, f"{r.occupancy:.0%}", str(r.widest_load), "; ".join(r.faults) or "-"]
         )
-    return aligned(head, cells)
+    return aligned([head], cells)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -25,7 +25,6 @@ from tide_mega.config.hydra_door import parse_tool_cli
 from tide_mega.data.tokenizer import load_tokenizer
 from tide_mega.errors import ConfigError, DataError, refuse
 from tide_mega.files import write_json
-from tide_mega.lab.bench.show import aligned
 from tide_mega.memory.distinct import (
     DistinctTypes,
     PlanOptions,
@@ -37,6 +36,7 @@ from tide_mega.memory.distinct import (
     validate_plan_options,
 )
 from tide_mega.memory.traffic import GIGA, Layout, Tables, dense_sync, exchange, owner_memory, plain_memory
+from tide_mega.text_table import aligned
 
 
 def plan(options: PlanOptions) -> dict[str, Any]:
@@ -191,7 +191,7 @@ def _memory_table(memory: list[dict[str, Any]]) -> str:
 
 def _aligned(head: str, rows: list[str]) -> str:
     """Return right-aligned columns; cells are separated by spaces, and _ in the header becomes a space."""
-    return aligned([word.replace("_", " ") for word in head.split()], [row.split() for row in rows])
+    return aligned([[word.replace("_", " ") for word in head.split()]], [row.split() for row in rows])
 
 
 def main(argv: list[str] | None = None) -> int:

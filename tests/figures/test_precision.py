@@ -34,7 +34,7 @@ def test_each_format_scores_as_a_model_whose_memory_holds_its_rows(tiny_runs, al
     model, texts = analysis.model(opened), analysis.texts(opened)
     found = measure("k2", model, texts)
     assert list(found.by_format) == [TRAINED, *STORED]
-    memory = model.stage.memory
+    memory = model.stage.memory.blocks
     every_row = model.normalised(model.table_rows(torch.arange(640)))
     by_kind = {}
     for kind in STORED:

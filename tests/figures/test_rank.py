@@ -49,7 +49,7 @@ class Weights:
 
 @torch.no_grad()
 def with_tables(model, tables_VKD):
-    model.stage.memory.tables_WKD.copy_(tables_VKD)
+    model.stage.memory.blocks.tables_WKD.copy_(tables_VKD)
     return Weights(tables_VKD)
 
 

@@ -93,8 +93,8 @@ def planted(model, chosen, *, memory_apart):
     with torch.no_grad():
         embedding_VD = model.stage.transformers[0].embedding.word_embeddings.weight
         embedding_VD[second] = embedding_VD[first]
-        if model.stage.memory is not None:
-            tables_VKD = model.stage.memory.tables_WKD
+        if model.stage.memory.blocks is not None:
+            tables_VKD = model.stage.memory.blocks.tables_WKD
             tables_VKD[second] = tables_VKD[first]
             if memory_apart:
                 tables_VKD[second] = torch.randn(

@@ -49,13 +49,13 @@ def kept_bytes(layers: int, words: tuple[str, ...], world: int) -> int:
     initialise(stage, config.model, config.memory, seed=1)
     stage.to(stage.dtype).train()
     tokens_BT = torch.arange(SEQUENCES * TOKENS).view(SEQUENCES, TOKENS) * 7 % config.model.vocab_size
-    index_BT, board, shared = None, stage.board, list(stage.parameters())
+    index_BT, memory, shared = None, stage.memory, list(stage.parameters())
     if stage.num_blocks:
-        board.kernels = replace(board.kernels, mix="triton", norm_router="triton")
+        memory.kernels = replace(memory.kernels, mix="triton", norm_router="triton")
         plan = plan_rows([tokens_BT])
-        board.rows_UKD, index_BT = stage(read_ids=plan.ids_U).detach(), plan.index_MBT[0]
-        board.sink = RowGradient(board.rows_UKD.shape, board.rows_UKD.device, "triton", layers)
-        shared.append(board.rows_UKD)
+        memory.rows_UKD, index_BT = memory.blocks(plan.ids_U).detach(), plan.index_MBT[0]
+        memory.sink = RowGradient(memory.rows_UKD.shape, memory.rows_UKD.device, "triton", layers)
+        shared.append(memory.rows_UKD)
     known = {tensor.untyped_storage().data_ptr() for tensor in shared}
     kept: dict[int, Tensor] = {}
 

@@ -1,5 +1,7 @@
 """The opened model against the plain reference with the same stored weights."""
 
+import weakref
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ from tests.support.trained import reference_of
 from tide_mega.config.schema import ParallelConfig
 from tide_mega.data.loader import TokenBatch
 from tide_mega.lab.parity.run import relative
-from tide_mega.model.stage import MemoryReading
+from tide_mega.memory.memory import Memory
 from tide_mega.trained.model import TrainedModel
 from tide_mega.trained.run import TrainedRun
 
@@ -185,9 +187,9 @@ def test_an_earlier_checkpoint_is_another_model(tiny_runs, alone):
     assert not torch.equal(early, late)
 
 
-def test_a_pass_that_fails_leaves_nothing_on_the_board(tiny_runs, alone, monkeypatch):
+def test_a_pass_that_fails_leaves_nothing_in_the_memory(tiny_runs, alone, monkeypatch):
     model = TrainedModel(TrainedRun.open(tiny_runs[2]), alone)
-    board, batch = model.stage.board, batch_of()
+    memory, batch = model.stage.memory, batch_of()
     before = model.score([batch], routers="null")[0]
 
     def fail(*_, **__):
@@ -198,33 +200,31 @@ def test_a_pass_that_fails_leaves_nothing_on_the_board(tiny_runs, alone, monkeyp
         for routers in ("nothing", "null", "all"):
             with pytest.raises(RuntimeError, match="planted"):
                 model.score([batch], routers=routers)
-            assert (board.alpha_L, board.rows_UKD, board.sink) == (None, None, None)
+            assert (memory.alpha_L, memory.rows_UKD, memory.sink) == (None, None, None)
         with pytest.raises(RuntimeError, match="planted"):
             model.row_gradients(batch)
-        assert (board.rows_UKD, board.sink) == (None, None)
+        assert (memory.rows_UKD, memory.sink) == (None, None)
     after = model.score([batch], routers="null")[0]
     assert torch.equal(before.null_weight_LBT, after.null_weight_LBT)
 
 
 def test_a_reading_that_is_over_holds_no_rows(tiny_runs, alone, monkeypatch):
     model = TrainedModel(TrainedRun.open(tiny_runs[2]), alone)
-    readings = []
+    fetched, held = Memory._fetched, []
 
-    class Kept(MemoryReading):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            assert self.memory_UKD is not None
-            readings.append(self)
+    def seen(self, *args):
+        origin = fetched(self, *args)
+        held.append(weakref.ref(origin.memory_UKD))
+        return origin
 
-    monkeypatch.setattr("tide_mega.model.steps.MemoryReading", Kept)
+    monkeypatch.setattr(Memory, "_fetched", seen)
     model.score([batch_of()])
-    (over,) = readings
-    assert (over.rows_UKD, over.memory_UKD, over.fetch) == (None, None, None)
+    assert [reference() for reference in held] == [None]
 
 
 def test_router_weights_that_nobody_asked_for_are_not_collected(tiny_runs, alone, monkeypatch):
     model = TrainedModel(TrainedRun.open(tiny_runs[2]), alone)
-    monkeypatch.setattr(type(model.stage), "null_weights", None)
+    monkeypatch.setattr(Memory, "null_weights", None)
     (scored,) = model.score([batch_of()])
     assert scored.null_weight_LBT is None and scored.alpha_LBTJ is None
 

@@ -58,9 +58,9 @@ def snapshot(trainer):
     for n, group in enumerate(optimizer.optimizer.param_groups):
         kept |= {f"master {n}.{m}": p for m, p in enumerate(group["params"])}
     moments = list(optimizer.optimizer.state.values())
-    if trainer.stage.owned is not None:
-        kept["tables"] = trainer.stage.owned.master_WKD
-        moments += list(trainer.stage.owned.optimizer.state.values())
+    if trainer.stage.memory.owned is not None:
+        kept["tables"] = trainer.stage.memory.owned.master_WKD
+        moments += list(trainer.stage.memory.owned.optimizer.state.values())
     for n, state in enumerate(moments):
         kept |= {f"moment {n}.{name}": torch.as_tensor(value) for name, value in state.items()}
     return {name: tensor.detach().clone() for name, tensor in kept.items()}
@@ -78,9 +78,9 @@ def watch(config, spoil=None):
         before = snapshot(trainer)
         verdict = update(engine, result, *args, **values)
         after = snapshot(trainer)
-        if trainer.stage.owned is not None:
+        if trainer.stage.memory.owned is not None:
             # Right after an update and a skip alike: what is left would be added to the next step's.
-            assert not trainer.stage.owned.gradient_WKD.any()
+            assert not trainer.stage.memory.owned.gradient_WKD.any()
         changed = [name for name in after if name not in before or not torch.equal(before[name], after[name])]
         seen.append((verdict.reason, changed, all(tensor.isfinite().all() for tensor in after.values())))
         return verdict

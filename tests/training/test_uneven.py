@@ -21,8 +21,8 @@ TYPE = 7
 def weights(trainer):
     """Everything a skipped step must leave alone."""
     masters = {name: trainer.engine.master_weight(p) for name, p in trainer.stage.named_parameters()}
-    if trainer.stage.owned is not None:
-        masters |= {f"owned {name}": value for name, value in trainer.stage.owned.kept().items()}
+    if trainer.stage.memory.owned is not None:
+        masters |= {f"owned {name}": value for name, value in trainer.stage.memory.owned.kept().items()}
     return {name: tensor.detach().clone() for name, tensor in masters.items()}
 
 
@@ -40,7 +40,7 @@ def train_poisoned(config, place, bad_rank, bad_step):
         if trainer.state.step == bad_step:
             before.update(weights(trainer))
             if place == "table" and world.rank == bad_rank:
-                gradient_WKD = trainer.stage.owned.gradient_WKD
+                gradient_WKD = trainer.stage.memory.owned.gradient_WKD
                 row = int(gradient_WKD.abs().sum((1, 2)).argmax())  # one that the step has read
                 gradient_WKD[row, 0, 0] = float("inf")
         return update(*arguments, **values)
@@ -53,7 +53,7 @@ def train_poisoned(config, place, bad_rank, bad_step):
     except DivergedError as error:
         after = weights(trainer)
         same = after.keys() == before.keys() and all(torch.equal(after[k], before[k]) for k in before)
-        clean = trainer.stage.owned is None or not trainer.stage.owned.gradient_WKD.any()
+        clean = trainer.stage.memory.owned is None or not trainer.stage.memory.owned.gradient_WKD.any()
         return str(error), trainer.state.step, same and clean
     finally:
         trainer.close()

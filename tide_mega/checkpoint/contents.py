@@ -266,7 +266,7 @@ class Contents:
     def __init__(self, engine: Engine, model: ModelConfig, group: ProcessGroup) -> None:
         """Describe the state; collective over `group`, all processes, for host tensors."""
         self.engine, self.model, self.group = engine, model, group
-        self.owned = engine.module.owned
+        self.owned = engine.module.memory.owned
         self.row_shape: tuple[int, ...] = engine.module.block_shape
         owners = tuple(rank for rank, owns in enumerate(gather(group, self.owned is not None)) if owns)
         if self.owned is not None and tuple(dist.get_process_group_ranks(self.owned.group)) != owners:

@@ -77,7 +77,7 @@ def load_weights(stage: TideStage, config: ModelConfig, folder: Path) -> None:
         CheckpointError: a tensor is missing or has another shape, or a file cannot be read.
         ValueError: tables are owned outside the model.
     """
-    if stage.owned is not None:
+    if stage.memory.owned is not None:
         raise ValueError("tables owned outside the model are not loaded here: use memory.owners=tensor")
     for weight in local_weights(stage, config):
         first = 0

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from tide_mega.health.facts import Facts
 from tide_mega.health.links import Suspicion
 from tide_mega.health.rounds import EVERYBODY
+from tide_mega.text_table import aligned
 
 MAX_SKEW = 2.0
 """Maximum difference in seconds between a node's clock and the median."""
@@ -105,12 +106,11 @@ def table(reports: Sequence[Facts]) -> str:
 
     Bus bandwidths, in GB/s, are given within the node, with its better neighbour, and over all ranks.
     """
-    rows: list[tuple[str, ...]] = [
-        (
-            *("node", "ranks", "GPUs", "root free GB", "tmp free GB", "clock ms"),
-            *("inside GB/s", "pair GB/s", "all GB/s", "torch", "code"),
-        )
-    ]
+    head = (
+        *("node", "ranks", "GPUs", "root free GB", "tmp free GB", "clock ms"),
+        *("inside GB/s", "pair GB/s", "all GB/s", "torch", "code"),
+    )
+    rows: list[tuple[str, ...]] = []
     skews = dict(zip((report.rank for report in reports), _skews(reports), strict=True))
     for report in reports:
         if report.speaks_for_node:
@@ -129,10 +129,7 @@ def table(reports: Sequence[Facts]) -> str:
                     report.versions.get("code", "-"),
                 )
             )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
+    return aligned([head], rows, left=3)
 
 
 def _rates(node: str, reports: Sequence[Facts]) -> tuple[float | None, float | None, float | None]:

@@ -1,6 +1,6 @@
 """The tokens of a micro-batch sorted by memory row, which makes reads coalesce and row gradients deterministic.
 
-Dimensions: N tokens, U rows on the board.
+Dimensions: N tokens, U rows read.
 """
 
 from dataclasses import dataclass

@@ -85,7 +85,8 @@ class Fetch:
     """A reading in flight; its route also serves to return the gradients."""
 
     route: Route
-    pending: PendingRows
+    pending: PendingRows | None
+    """None once the rows have been taken."""
     distinct: int
     """U: distinct rows of the whole replica's step."""
 
@@ -155,8 +156,14 @@ class OwnedTables:
         return Fetch(route, route.fetch(owned_QKD, self.meter), plan.ids_U.numel())
 
     def rows_of(self, fetch: Fetch) -> Tensor:
-        """Return the rows [U, K, D] that a fetch brought for the whole replica, in the model's dtype."""
-        rows_SKD = fetch.pending.wait()
+        """Take the rows [U, K, D] that a fetch brought for the whole replica, in the model's dtype.
+
+        Raises:
+            RuntimeError: they were taken before; a fetch keeps no rows, so that they can be freed.
+        """
+        if fetch.pending is None:
+            raise RuntimeError("the rows of this fetch were taken before")
+        rows_SKD, fetch.pending = fetch.pending.wait(), None
         members = self.groups.tensor_size
         if members == 1:
             return rows_SKD

@@ -84,10 +84,10 @@ def local_weights(stage: TideStage, config: ModelConfig) -> Iterator[LocalWeight
             yield LocalWeight(chunk.output_weight, (box,), is_copy=config.tie_embeddings)
     if stage.absent_tables is not None:
         yield LocalWeight(stage.absent_tables, ())
-    if stage.memory is not None:
-        if stage.memory.tables_WKD is not None:
-            yield LocalWeight(stage.memory.tables_WKD, (cut.box(TABLES, (V, K, D), rows=vocab_part),))
-        yield cut.replicated(stage.memory.gains_KD, GAINS, (K, D))
+    if (blocks := stage.memory.blocks) is not None:
+        if blocks.tables_WKD is not None:
+            yield LocalWeight(blocks.tables_WKD, (cut.box(TABLES, (V, K, D), rows=vocab_part),))
+        yield cut.replicated(blocks.gains_KD, GAINS, (K, D))
 
 
 @dataclass(frozen=True)

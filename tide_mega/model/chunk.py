@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from tide_mega.config.schema import TideConfig
 from tide_mega.kernels.token_order import TokenOrder
 from tide_mega.kernels.vocab_loss import vocab_loss, vocab_scores
-from tide_mega.model.layer import MemoryBoard, order_to_model
+from tide_mega.memory.memory import Memory
+from tide_mega.model.layer import order_to_model
 from tide_mega.model.modules import InputEmbedding
 from tide_mega.model.spec import block_spec
 from tide_mega.parallel.groups import ParallelGroups
@@ -44,14 +45,14 @@ class Scored:
 class TideChunk(GPTModel):
     """TIDE, or with K = 0 the LLaMA baseline: one model chunk of a pipeline stage.
 
-    It does not contain the memory itself: layers read it from the board that the stage's chunks share.
+    It does not contain the memory itself: layers refer to the one that the stage's chunks share.
     """
 
     def __init__(
         self,
         config: TideConfig,
         megatron_config: TransformerConfig,
-        board: MemoryBoard,
+        memory: Memory,
         groups: ParallelGroups,
         virtual: int = 0,
     ) -> None:
@@ -61,8 +62,7 @@ class TideChunk(GPTModel):
             config=megatron_config,
             transformer_layer_spec=block_spec(
                 megatron_config,
-                config.memory.num_blocks,
-                board,
+                memory,
                 vp_stage,
                 rope_theta=config.model.rope_theta,
                 compile_kernels=config.kernels.compile,
@@ -78,7 +78,7 @@ class TideChunk(GPTModel):
         )
         if self.pre_process:
             self.embedding.word_embeddings = InputEmbedding(self.embedding.word_embeddings)
-        self.groups, self.board, self.kernels = groups, board, config.kernels
+        self.groups, self.memory, self.kernels = groups, memory, config.kernels
         if config.model.tie_embeddings and self.output_weight is not None:
             # A copy of the first stage's embedding; this attribute makes DeepSpeed leave it out of the norm.
             self.output_weight.ds_pipe_replicated = True  # type: ignore[attr-defined]
@@ -101,7 +101,7 @@ class TideChunk(GPTModel):
         Args:
             tokens_BT: token ids.
             targets: what to predict or to score; if None, the logits are returned.
-            index_BT: row of each token on the board; required if K > 0.
+            index_BT: row of each token among those read; required if K > 0.
 
         Returns:
             On chunks other than the last, the hidden state [T or its slice, B, D]. On the last chunk:
@@ -157,8 +157,6 @@ class TideChunk(GPTModel):
         index_TB = index_BT.transpose(0, 1)
         if self.config.sequence_parallel:
             index_TB = index_TB.chunk(self.groups.tensor_size, dim=0)[self.groups.tensor_rank]
-        if self.board.rows_UKD is None:
-            raise RuntimeError(
-                "the memory was not read for this step: a MemoryReading comes before the schedule"
-            )
-        return TokenOrder.sort(index_TB.flatten(), self.board.rows_UKD.size(0))
+        if self.memory.rows_UKD is None:
+            raise RuntimeError("the memory was not read for this step: Memory.read goes around the schedule")
+        return TokenOrder.sort(index_TB.flatten(), self.memory.rows_UKD.size(0))

@@ -16,7 +16,8 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from tide_mega.config.schema import ModelConfig, ParallelConfig
-from tide_mega.model.layer import MemoryBoard, TideLayer
+from tide_mega.memory.memory import Memory
+from tide_mega.model.layer import TideLayer
 from tide_mega.model.modules import CausalCoreAttention, RMSNorm
 from tide_mega.parallel.device import DTYPES
 
@@ -88,8 +89,7 @@ def transformer_config(
 
 def block_spec(
     config: TransformerConfig,
-    num_blocks: int,
-    board: MemoryBoard,
+    memory: Memory,
     vp_stage: int | None = None,
     *,
     rope_theta: float,
@@ -115,7 +115,7 @@ def block_spec(
     )
     layer = ModuleSpec(
         module=TideLayer,
-        params={"num_blocks": num_blocks, "board": board},
+        params={"memory": memory},
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
             self_attention=attention,

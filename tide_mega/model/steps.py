@@ -4,7 +4,7 @@ Dimensions: B sequences, T tokens, L layers, K memory blocks, J = K + 1, U disti
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -13,11 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from tide_mega.data.loader import TokenBatch
-from tide_mega.kernels.row_gradient import RowGradient
-from tide_mega.memory.owned import Fetch
-from tide_mega.memory.plan import MemoryPlan, plan_rows
+from tide_mega.memory.memory import Request
 from tide_mega.model.chunk import LossTensors, Scored, ScoreTensors, Targets
-from tide_mega.model.stage import MemoryReading, TideStage
+from tide_mega.model.stage import TideStage
 from tide_mega.parallel.engine import Engine
 from tide_mega.parallel.gradients import GradientAccumulator
 from tide_mega.parallel.pipeline import LossFunction, run_microbatches
@@ -42,7 +40,7 @@ class BareEngine:
 
 @dataclass(frozen=True)
 class Microbatch:
-    """The input of one forward pass: tokens, labels and, if K > 0, each token's row on the board."""
+    """The input of one forward pass: tokens, labels and, if K > 0, each token's row among those read."""
 
     tokens_BT: Tensor
     labels_BT: Tensor
@@ -74,7 +72,7 @@ def compute_gradients(
     *,
     weights: Sequence[float] | None = None,
     window: int | None = None,
-    ahead: "Ahead | None" = None,
+    ahead: Request | None = None,
     own_time: AbstractContextManager[object] | None = None,
 ) -> StepResult:
     """Run forward and backward of all micro-batches of a step; leaves the reduced gradients in the engine.
@@ -99,10 +97,8 @@ def compute_gradients(
         for first in range(0, len(batches), size):
             served = batches[first : first + size]
             step = partial(_forward_step, call=engine, z_loss=z_loss, share=len(served) / len(batches))
-            with _memory_read(stage, served, engine, ahead if first == 0 else None) as (
-                microbatches,
-                reading,
-            ):
+            request = ahead if first == 0 else None
+            with _memory_read(stage, served, request, wants_gradient=True) as microbatches:
                 if weights is not None:
                     of_served = zip(microbatches, weights[first : first + size], strict=True)
                     microbatches = [replace(microbatch, weight=weight) for microbatch, weight in of_served]
@@ -110,8 +106,8 @@ def compute_gradients(
                     results += run_microbatches(
                         step, microbatches, list(stage.chunks), seq_length=served[0].tokens_BT.size(1)
                     )
-                if reading is not None:
-                    reading.send_gradients()
+                if stage.num_blocks:
+                    stage.memory.send_gradients()
     return _sums(results, batches[0].tokens_BT.device)
 
 
@@ -128,26 +124,11 @@ def _sums(results: list[dict[str, Tensor]], device: torch.device) -> StepResult:
     )
 
 
-@dataclass(frozen=True)
-class Ahead:
-    """A reading begun before its step: the plan and, if tables have owners, the fetch in flight."""
-
-    plan: MemoryPlan
-    fetch: Fetch | None
-
-
-def read_ahead(stage: TideStage, batches: list[TokenBatch]) -> Ahead | None:
-    """Plan the next step's reading and start the transfer of its rows; call after the tables are updated."""
+def read_ahead(stage: TideStage, batches: list[TokenBatch]) -> Request | None:
+    """Request the next step's first reading; call after the tables are updated. None without memory."""
     if stage.num_blocks == 0:
         return None
-    plan = plan_for(stage, batches)
-    return Ahead(plan, stage.owned.fetch(plan) if stage.owned is not None else None)
-
-
-def plan_for(stage: TideStage, batches: list[TokenBatch]) -> MemoryPlan:
-    """Plan one reading of the memory for these micro-batches; collective over the owners of its rows."""
-    owners = stage.owned.owners if stage.owned is not None else None
-    return plan_rows([batch.tokens_BT for batch in batches], stage.vocab_size, owners)
+    return stage.memory.request([batch.tokens_BT for batch in batches])
 
 
 @dataclass(frozen=True)
@@ -184,8 +165,8 @@ def evaluate_batches(
     null_weights: list[Tensor | None] = [None] * len(batches)
     alphas: list[Tensor | None] = [None] * len(batches)
     with (
-        stage.board.recording() if records else nullcontext(),
-        _memory_read(stage, batches, stage, None) as (microbatches, _),
+        stage.memory.recording() if records else nullcontext(),
+        _memory_read(stage, batches) as microbatches,
     ):
         results: list[dict[str, Any]] = run_microbatches(
             partial(_score_step, stage=stage),
@@ -195,21 +176,14 @@ def evaluate_batches(
             forward_only=True,
         )
         if records:
-            null_weights = list(stage.null_weights().split(batches[0].tokens_BT.size(0), dim=1))
+            null_weights = list(stage.memory.null_weights().split(batches[0].tokens_BT.size(0), dim=1))
         if records and routers == "all":
-            alphas = list(_alphas(stage))
+            alphas = list(stage.memory.router_weights())
     results = results or [{"cross_entropy": None, "is_top": None}] * len(batches)
     return [
         EvaluatedBatch(*batch, result["cross_entropy"], result["is_top"], null, alpha)
         for batch, result, null, alpha in zip(batches, results, null_weights, alphas, strict=True)
     ]
-
-
-def _alphas(stage: TideStage) -> Iterator[Tensor]:
-    """Yield the router weights of each micro-batch [L, B, T, J]."""
-    by_layer = [of_layer for _, of_layer in sorted((stage.board.alpha_L or {}).items())]
-    for of_microbatch in zip(*by_layer, strict=True):
-        yield torch.stack(of_microbatch).transpose(1, 2)
 
 
 def accumulate_row_gradients(stage: TideStage, batch: TokenBatch) -> tuple[Tensor, Tensor | None]:
@@ -218,35 +192,33 @@ def accumulate_row_gradients(stage: TideStage, batch: TokenBatch) -> tuple[Tenso
     Works on a single stage whose parameters require no gradient; some activation must require one instead.
     """
     stage.train()
-    board, ids_U = stage.board, torch.unique(batch.tokens_BT)
-    with ExitStack() as stack:
-        with torch.no_grad():
-            microbatches, reading = stack.enter_context(_memory_read(stage, [batch], stage, None))
-        if reading is not None and board.rows_UKD is not None:
-            board.sink = RowGradient(
-                board.rows_UKD.shape, board.rows_UKD.device, board.kernels.mix, stage.chunk_layers
-            )
+    with _memory_read(stage, [batch], wants_gradient=True) as microbatches:
         run_microbatches(
             partial(_forward_step, call=stage, z_loss=0.0, share=1.0),
             microbatches,
             list(stage.chunks),
             seq_length=batch.tokens_BT.size(1),
         )
-        return ids_U, None if board.sink is None else board.sink.total()
+        sink = stage.memory.sink
+        return torch.unique(batch.tokens_BT), None if sink is None else sink.total()
 
 
 @contextmanager
 def _memory_read(
-    stage: TideStage, batches: list[TokenBatch], call: "Engine | TideStage", ahead: Ahead | None
-) -> Iterator[tuple[list[Microbatch], MemoryReading | None]]:
-    """Yield microbatches with the memory they read on the board; None and no index without memory."""
-    if stage.num_blocks == 0:
-        yield [Microbatch(*batch, None) for batch in batches], None
+    stage: TideStage,
+    batches: list[TokenBatch],
+    request: Request | None = None,
+    *,
+    wants_gradient: bool = False,
+) -> Iterator[list[Microbatch]]:
+    """Yield microbatches while the memory that they read is at hand; without memory they have no index."""
+    request = request or read_ahead(stage, batches)
+    if request is None:
+        yield [Microbatch(*batch, None) for batch in batches]
         return
-    plan = ahead.plan if ahead else plan_for(stage, batches)
-    with MemoryReading(stage, call, plan, ahead.fetch if ahead else None) as reading:
-        indexed = zip(batches, plan.index_MBT, strict=True)
-        yield [Microbatch(*batch, index) for batch, index in indexed], reading
+    with stage.memory.read(request, wants_gradient=wants_gradient):
+        indexed = zip(batches, request.plan.index_MBT, strict=True)
+        yield [Microbatch(*batch, index) for batch, index in indexed]
 
 
 def _forward_step(

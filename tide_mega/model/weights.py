@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tide_mega.config.schema import MemoryConfig, ModelConfig
+from tide_mega.memory.owned import OwnedTables
 from tide_mega.model.canonical import GAINS, TABLES, Box, local_weights
 from tide_mega.model.stage import TideStage
 
@@ -34,8 +35,8 @@ def local_tensors(stage: TideStage, config: ModelConfig, fetch: Fetch) -> Iterat
     for weight in local_weights(stage, config):
         values = [_values(box, stage.num_blocks, fetch) for box in weight.boxes]
         yield weight.tensor, torch.cat(values) if values else torch.zeros(1)
-    if stage.owned is not None:
-        yield stage.owned.master_WKD, _owned_rows(stage, config.vocab_size, fetch)
+    if (owned := stage.memory.owned) is not None:
+        yield owned.master_WKD, _owned_rows(owned, stage.num_blocks, config.vocab_size, fetch)
 
 
 def _values(box: Box, num_blocks: int, fetch: Fetch) -> Tensor:
@@ -48,12 +49,11 @@ def _values(box: Box, num_blocks: int, fetch: Fetch) -> Tensor:
     return values if values.ndim == 1 else values[:, box.offset[1] : box.offset[1] + box.size[1]]
 
 
-def _owned_rows(stage: TideStage, vocab_size: int, fetch: Fetch) -> Tensor:
+def _owned_rows(owned: OwnedTables, num_blocks: int, vocab_size: int, fetch: Fetch) -> Tensor:
     """Return an owner's rows, every n-th of the tables [W, K, D]; 0 beyond the vocabulary."""
-    assert stage.owned is not None
-    group, blocks = stage.groups.memory, range(stage.num_blocks)
-    values_WKD = torch.zeros_like(stage.owned.master_WKD, requires_grad=False, device="cpu")
-    for k in blocks:
+    group = owned.group
+    values_WKD = torch.zeros_like(owned.master_WKD, requires_grad=False, device="cpu")
+    for k in range(num_blocks):
         row = 0
         for first in range(0, vocab_size, ROW_BLOCK):
             block_RD = fetch(f"{TABLES}.{k}", first, min(first + ROW_BLOCK, vocab_size))

@@ -17,7 +17,7 @@ from tide_mega.data.loader import TokenBatch
 from tide_mega.kernels.row_lookup import sum_rows
 from tide_mega.kernels.row_norm import row_norm
 from tide_mega.kernels.token_order import TokenOrder
-from tide_mega.model.layer import EmbeddingMemory
+from tide_mega.memory.memory import MemoryBlocks
 from tide_mega.model.stage import TideStage
 from tide_mega.model.steps import EvaluatedBatch, accumulate_row_gradients, evaluate_batches
 from tide_mega.parallel.device import Device
@@ -104,7 +104,7 @@ class TrainedModel:
     @contextmanager
     def silenced(self, *layers: int) -> Iterator[None]:
         """Context in which these layers, from 0, skip the memory (paper, appendix H)."""
-        with self.stage.board.silencing(layers):
+        with self.stage.memory.silencing(layers):
             yield
 
     @contextmanager
@@ -119,7 +119,7 @@ class TrainedModel:
         """
         self._refuse_parallel()
         self._memory()
-        with self.stage.board.reading_from(rows_of):
+        with self.stage.memory.reading_from(rows_of):
             yield
 
     @torch.no_grad()
@@ -182,7 +182,7 @@ class TrainedModel:
 
     def _before_norm(self, ids_U: Tensor, normed_UKD: Tensor | None) -> Tensor | None:
         """Propagate gradients of normalised rows back through the norm."""
-        memory = self.stage.memory
+        memory = self.stage.memory.blocks
         if normed_UKD is None or memory is None or memory.tables_WKD is None:
             return None
         rows_UKD = memory.tables_WKD[ids_U].float().requires_grad_()
@@ -190,10 +190,10 @@ class TrainedModel:
             row_norm("naive", rows_UKD, memory.gains_KD.float(), memory.norm_eps).backward(normed_UKD)
         return rows_UKD.grad
 
-    def _memory(self) -> EmbeddingMemory:
-        if self.stage.memory is None:
+    def _memory(self) -> MemoryBlocks:
+        if self.stage.memory.blocks is None:
             raise ValueError("the model has no memory (K = 0), so there are no rows of it to read")
-        return self.stage.memory
+        return self.stage.memory.blocks
 
     def _here(self, batch: TokenBatch) -> TokenBatch:
         return TokenBatch(*(x.to(self.device.torch_device) for x in batch))

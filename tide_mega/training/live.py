@@ -10,6 +10,7 @@ Dimensions: L layers, B sequences, T tokens, V vocabulary, S slots, W rows of a 
 embedding), J = K + 1 with the embedding first, D width, R rows or sampled types of a shard.
 """
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -34,19 +35,22 @@ SAMPLE = 256
 
 
 class StepNullWeights:
-    """Averages the null-bank weights that the layers leave on the board in a logged step."""
+    """Averages the null-bank weights that the layers record in a logged step."""
 
     def __init__(self, stage: TideStage, bins_V: Tensor) -> None:
         """Take the stage and the decile of each type [V], on the device."""
         self._stage = stage
-        self._null = NullWeight(stage.num_layers if stage.num_blocks else 0, bins_V)
+        self._recording = ExitStack()
+        self._null = NullWeight(stage.memory.num_layers if stage.num_blocks else 0, bins_V)
 
     def record(self, logged: bool) -> None:
         """Set before a step whether its router weights are recorded."""
-        self._stage.board.alpha_L = {} if logged and self._stage.num_blocks else None
+        self._recording.close()
+        if logged and self._stage.num_blocks:
+            self._recording.enter_context(self._stage.memory.recording())
 
     def read(self, batches: list[TokenBatch]) -> NullWeightResult:
-        """Average over the input tokens of the step, padding left out, and clear the board.
+        """Average over the input tokens of the step, padding left out, and stop recording.
 
         Collective over the world; empty without memory. `batches` are this replica's micro-batches of the step.
         """
@@ -54,8 +58,8 @@ class StepNullWeights:
         self._null.reset()
         if stage.num_blocks:
             sizes = [batch.tokens_BT.size(0) for batch in batches]
-            of_microbatches = stage.null_weights().split(sizes, dim=1)
-            stage.board.alpha_L = None
+            of_microbatches = stage.memory.null_weights().split(sizes, dim=1)
+            self._recording.close()
             for null_LBT, batch in zip(of_microbatches, batches, strict=True):
                 self._null.update(null_LBT, *batch)
         # Every stage and tensor rank has the weights of all layers, so only replicas differ.
@@ -128,28 +132,28 @@ def embedding_shard(engine: Engine, vocab_size: int) -> RowShard | None:
 def table_shard(engine: Engine, vocab_size: int) -> RowShard | None:
     """Return this process's range of the tables, whoever owns them; None past stage 1 and without memory."""
     stage: TideStage = engine.module
-    if stage.owned is not None:
-        rows, blocks, width = stage.owned.master_WKD.shape
+    if (owned := stage.memory.owned) is not None:
+        rows, blocks, width = owned.master_WKD.shape
         return RowShard(
-            values=stage.owned.master_WKD.detach().view(-1),
+            values=owned.master_WKD.detach().view(-1),
             start=0,
             shape=(rows, blocks, width),
-            first=stage.owned.group.rank(),
-            every=stage.owned.group.size(),
+            first=owned.group.rank(),
+            every=owned.group.size(),
             vocab_size=vocab_size,
             ranges=None,
-            shards=stage.owned.group,
+            shards=owned.group,
         )
-    if stage.memory is None or stage.memory.tables_WKD is None:
+    if (tables := stage.memory.blocks) is None or tables.tables_WKD is None:
         return None
-    return _parameter_shard(engine.state, stage.memory.tables_WKD, stage, stage.num_blocks, vocab_size)
+    return _parameter_shard(engine.state, tables.tables_WKD, stage, stage.num_blocks, vocab_size)
 
 
 def _parameter_shard(
     state: OptimizerState, weight: nn.Parameter, stage: TideStage, blocks: int, vocab_size: int
 ) -> RowShard:
     """Return the shard of a parameter whose rows are split by tensor parallelism and then cut by ZeRO."""
-    groups, (_, width) = stage.groups, stage.block_shape
+    groups, (_, width) = stage.groups, stage.memory.block_shape
     rows = vocab_size // groups.tensor_size
     kept = state.kept(weight)
     return RowShard(
@@ -171,11 +175,11 @@ def table_square_norms(engine: Engine, device: torch.device) -> Tensor:
     process: its owner, or the data-parallel rank in whose ZeRO range it lies. Not finite if the gradient is not.
     """
     stage: TideStage = engine.module
-    blocks, width = stage.block_shape
+    blocks, width = stage.memory.block_shape
     squares_K = torch.zeros(blocks, dtype=torch.float64, device=device)
-    if stage.owned is not None:
-        squares_K += stage.owned.square_norms()
-    elif stage.memory is not None:
+    if stage.memory.owned is not None:
+        squares_K += stage.memory.owned.square_norms()
+    elif stage.memory.blocks is not None:
         for part in engine.gradient_ranges(TABLES):
             squares_K += sum_by_block(*row_squares(part.values, part.start, width), blocks)
     dist.all_reduce(squares_K)

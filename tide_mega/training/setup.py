@@ -82,7 +82,7 @@ def build_engine(config: TideConfig, stage: TideStage, device: Device, accumulat
         shares_norm=config.memory.num_blocks > 0 and config.memory.owners == "tensor_data",
     )
     parameters = parameter_groups(stage, config.optim)
-    return Engine(stage, parameters, config.optim, options, stage.groups, device, stage.owned)
+    return Engine(stage, parameters, config.optim, options, stage.groups, device, stage.memory.owned)
 
 
 def decile_bins(config: TideConfig) -> Tensor:
@@ -145,7 +145,7 @@ def describe(
     if config.trainer.deterministic:
         log.info("deterministic: the same steps at this topology give the same losses to the last bit")
     if stage.num_blocks:
-        log.info("kernels: %s", stage.board.kernels.describe())
+        log.info("kernels: %s", stage.memory.kernels.describe())
     log.info("optional libraries: %s", describe_libraries())
     log.info(
         "%s: %s training tokens, %s held out; to train %s, in batches of %s tokens",

@@ -14,8 +14,9 @@ from tide_mega.checkpoint import Checkpointer, TrainingState
 from tide_mega.config.schema import TideConfig
 from tide_mega.config.validate import validate
 from tide_mega.data.loader import TokenBatch
+from tide_mega.memory.memory import Request
 from tide_mega.model.stage import TideStage
-from tide_mega.model.steps import Ahead, compute_gradients, read_ahead
+from tide_mega.model.steps import compute_gradients, read_ahead
 from tide_mega.parallel.affinity import take_cores
 from tide_mega.parallel.device import choose_device
 from tide_mega.parallel.groups import World, make_groups, make_host_group, start_distributed, stop_distributed
@@ -246,7 +247,7 @@ class Trainer:
         if state.extra.get(EVALUATION_DUE):
             self.reporter.evaluate(self.watchdog.beat)
         stride, batches = self._next()
-        ahead: Ahead | None = None
+        ahead: Request | None = None
         while stride is not None and stop is None:
             made, done = stride, batches
             logged = made.is_due(config.logging.every)
@@ -280,7 +281,7 @@ class Trainer:
             raise RunStoppedError(message)
 
     def _step(
-        self, stride: Stride, batches: list[TokenBatch], ahead: Ahead | None, lr: float, *, logged: bool
+        self, stride: Stride, batches: list[TokenBatch], ahead: Request | None, lr: float, *, logged: bool
     ) -> Action:
         """Run one optimizer step and handle its faults; return the action that was taken."""
         config, state = self.config, self.state

@@ -5,7 +5,7 @@ A layer's backward pass leaves its router weights and the gradient of its output
 sorted by row adds them up: dM[u, k] = Σ over layers and tokens of row u of α[n, k] · dh[n]. The order of
 summation is fixed, so the result has the same bits from run to run.
 
-Dimensions: U rows on the board, K memory blocks, J = K + 1, N tokens, D width.
+Dimensions: U rows read, K memory blocks, J = K + 1, N tokens, D width.
 """
 
 from tide_mega.kernels.row_gradient.sink import RowGradient

@@ -1,6 +1,6 @@
 """Collects what the layers' backward passes leave, and adds it to the rows' gradient one micro-batch at a time.
 
-Dimensions: U rows on the board, K memory blocks, J = K + 1, N tokens, D width.
+Dimensions: U rows read, K memory blocks, J = K + 1, N tokens, D width.
 """
 
 from typing import Any

@@ -8,14 +8,6 @@ from matplotlib.figure import Figure
 from tide_mega.lab import plotting
 
 
-def aligned(head: list[str], rows: list[list[str]]) -> str:
-    """Return right-aligned columns under a header and a rule."""
-    cells = [head, *rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["  ".join(cell.rjust(n) for cell, n in zip(row, widths, strict=True)) for row in cells]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
-
-
 def milliseconds(seconds: float) -> str:
     """Format seconds in ms, to about three digits."""
     value = 1e3 * seconds

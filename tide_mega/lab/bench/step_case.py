@@ -17,6 +17,7 @@ from tide_mega.data.loader import TokenBatch
 from tide_mega.errors import refuse
 from tide_mega.lab.bench.measure import Stopwatch
 from tide_mega.lab.bench.text import draw_ids
+from tide_mega.memory.plan import MemoryPlan
 from tide_mega.model.steps import compute_gradients
 from tide_mega.parallel.device import Device
 from tide_mega.parallel.groups import make_groups
@@ -53,7 +54,11 @@ class StepCase:
     @property
     def router_in_norm(self) -> bool:
         """Whether the router shares the passes of the norm before it."""
-        return self.stage.board.kernels.norm_router == "triton"
+        return self.stage.memory.kernels.norm_router == "triton"
+
+    def plan(self) -> MemoryPlan:
+        """Plan the reading of the step."""
+        return self.stage.memory.plan([batch.tokens_BT for batch in self.batches])
 
     def step(self, watch: Stopwatch) -> None:
         """Run one optimizer step; marks `REGIONS`."""

@@ -31,7 +31,6 @@ from tide_mega.lab.bench.mix import MixInputs, run_mix
 from tide_mega.lab.bench.step_bytes import OPTIMIZER, StepShape, memory_bytes
 from tide_mega.lab.bench.step_case import StepCase
 from tide_mega.memory.plan import MemoryPlan, plan_rows
-from tide_mega.model.steps import plan_for
 from tide_mega.parallel.device import Device, choose_device, set_threads
 from tide_mega.parallel.groups import World, start_distributed, stop_distributed
 
@@ -48,11 +47,11 @@ def time_ops(case: StepCase, repeats: int) -> dict[str, float]:
     device, microbatches = case.device.torch_device, len(case.batches)
     layers = case.config.model.num_layers
     timed = min(layers, TIMED_LAYERS)
-    plan = plan_for(case.stage, case.batches)
+    plan = case.plan()
     index_N = plan.index_MBT[0].transpose(0, 1).flatten()
     rows_UKD = _read(case, plan).detach()
     inputs = _inputs(case, rows_UKD, index_N, timed)
-    version = case.stage.board.kernels.mix
+    version = case.stage.memory.kernels.mix
     actions: dict[str, Callable[[Stopwatch], None]] = {
         "plan": partial(_plan, case),
         "router": partial(_router, inputs, case),
@@ -81,7 +80,7 @@ def time_ops(case: StepCase, repeats: int) -> dict[str, float]:
 
 
 def _read(case: StepCase, plan: MemoryPlan) -> Tensor:
-    memory, owned = case.stage.memory, case.stage.owned
+    memory, owned = case.stage.memory.blocks, case.stage.memory.owned
     assert memory is not None
     return memory(plan.ids_U, None if owned is None else owned.rows_of(owned.fetch(plan)))
 
@@ -106,7 +105,7 @@ def _inputs(case: StepCase, rows_UKD: Tensor, index_N: Tensor, layers: int) -> M
 
 
 def _plan(case: StepCase, watch: Stopwatch) -> None:
-    plan_for(case.stage, case.batches)
+    case.plan()
     watch.mark("plan")
 
 
@@ -125,7 +124,7 @@ def _router(inputs: MixInputs, case: StepCase, watch: Stopwatch) -> None:
     layer = case.stage.transformers[0].decoder.layers[0]
     norm, weights = layer.pre_mlp_layernorm, [layer.router_JD]
     if case.router_in_norm:
-        version, weights = case.stage.board.kernels.norm_router, [layer.router_JD, norm.weight]
+        version, weights = case.stage.memory.kernels.norm_router, [layer.router_JD, norm.weight]
         outputs = [
             norm_and_route(version, hidden_ND, norm.weight, layer.router_JD, norm.eps)
             for hidden_ND in inputs.residual_ND
@@ -165,7 +164,7 @@ def _row_gradient(inputs: MixInputs, version: str, layers: int, watch: Stopwatch
 
 
 def _rows(case: StepCase, plan: MemoryPlan, gradient_UKD: Tensor, watch: Stopwatch) -> None:
-    memory, owned = case.stage.memory, case.stage.owned
+    memory, owned = case.stage.memory.blocks, case.stage.memory.owned
     assert memory is not None
     if owned is None:
         memory_UKD = memory(plan.ids_U, None)
@@ -253,7 +252,7 @@ def _line(
         plan_rows(tokens).ids_U.numel(),
         2 if config.trainer.precision == "bf16" else 4,
         case.router_in_norm,
-        case.stage.owned is not None,
+        case.stage.memory.owned is not None,
     )
     flops = count * flops_per_token(config.model, config.memory, config.data.seq_length)
     return {

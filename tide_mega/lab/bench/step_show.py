@@ -6,7 +6,8 @@ The figures break the overhead over K = 0 down by operation, measured or predict
 from pathlib import Path
 from typing import Any
 
-from tide_mega.lab.bench.show import aligned, floor_marks, megabytes, milliseconds, new_figure, stacked
+from tide_mega.lab.bench.show import floor_marks, megabytes, milliseconds, new_figure, stacked
+from tide_mega.text_table import aligned
 
 
 def show_measured(found: dict[str, Any]) -> str:
@@ -32,7 +33,7 @@ def show_measured(found: dict[str, Any]) -> str:
         f"Training steps of {options['model']} ({options['layers']} layers), {options['accumulation']} x "
         f"{tokens:,} tokens of sequences of {options['seq_length']:,}, {options['precision']}, on "
         f"{options['device']}{threads}; measured bandwidth {found['bandwidth'] / 1e9:,.1f} GB/s\n"
-        f"{aligned(head, rows)}"
+        f"{aligned([head], rows)}"
     )
     for blocks, reason in found["left_out"].items():
         text += f"\nK={blocks} is left out: {reason}"
@@ -64,7 +65,7 @@ def _breakdown_table(with_ops: list[dict[str, Any]], lines: list[dict[str, Any]]
             ]
         )
     head = ["K", "operation", "ms a step", "of the step at K=0", "floor ms", "of floor"]
-    return f"Where it goes, each operation timed by itself\n{aligned(head, rows)}"
+    return f"Where it goes, each operation timed by itself\n{aligned([head], rows)}"
 
 
 def show_predicted(found: dict[str, Any]) -> str:
@@ -83,7 +84,7 @@ def show_predicted(found: dict[str, Any]) -> str:
         f"Predicted from byte counts: {options['model']} on one {options['gpu'].upper()}, microbatches of "
         f"{lines[0]['tokens']:,} tokens, bf16; K = 0 at {options['mfu']:.0%} MFU of {options['tflops']:,.0f} "
         f"TFLOP/s, the memory at {options['bandwidth_share']:.0%} of {found['bandwidth'] / 1e12:g} TB/s, tables' "
-        f"AdamW over {ranks}; terms in % of the step at K = 0\n{aligned(head, rows)}"
+        f"AdamW over {ranks}; terms in % of the step at K = 0\n{aligned([head], rows)}"
     )
 
 

@@ -24,6 +24,7 @@ from tide_mega.errors import StatedError
 from tide_mega.files import json_values
 from tide_mega.lab.plotting import BASELINE, Line, decile_axis, label, legend, line, panels
 from tide_mega.metrics.jsonl import read_metrics
+from tide_mega.text_table import aligned
 
 DECILES = tuple(str(decile) for decile in range(NUM_BINS))
 """From the rarest tenth of the token types to the commonest."""
@@ -232,14 +233,8 @@ _RULED = ("0-2", "dropped", "all")
 def format_table(baseline: DecileRun, runs: Sequence[DecileRun], rows: Sequence[Row]) -> str:
     """Return the whole report: heading, table and findings."""
     head, body = _head(baseline, runs, rows), [_cells(row, runs, rows) for row in rows]
-    widths = [max(len(line[i]) for line in (head, *body)) for i in range(len(head))]
-    rule = "  ".join("-" * width for width in widths)
-    table = [_aligned(head, widths), rule]
-    for row, cells in zip(rows, body, strict=True):
-        if row.name in _RULED:
-            table.append(rule)
-        table.append(_aligned(cells, widths))
-    return "\n".join([*_heading(baseline, runs), "", *table, "", *_findings(runs, rows)])
+    table = aligned([head], body, left=2, ruled=[n for n, row in enumerate(rows) if row.name in _RULED])
+    return "\n".join([*_heading(baseline, runs), "", table, "", *_findings(runs, rows)])
 
 
 def _heading(baseline: DecileRun, runs: Sequence[DecileRun]) -> list[str]:
@@ -304,15 +299,6 @@ def _findings(runs: Sequence[DecileRun], rows: Sequence[Row]) -> list[str]:
 
 def _has_counts(rows: Sequence[Row]) -> bool:
     return any(row.count_range is not None for row in rows)
-
-
-def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
-    left = 2
-    padded = [
-        cell.ljust(w) if i < left else cell.rjust(w)
-        for i, (cell, w) in enumerate(zip(cells, widths, strict=True))
-    ]
-    return "  ".join(padded).rstrip()
 
 
 def _show(value: float | None, form: str) -> str:

@@ -181,7 +181,7 @@ def changed_rows(
 
     @torch.no_grad()
     def rows_of(ids_U: Tensor) -> Tensor:
-        K, D = model.stage.block_shape
+        K, D = model.stage.memory.block_shape
         memory_UKD = torch.empty(len(ids_U), K, D, dtype=model.stage.dtype, device=ids_U.device)
         size = max(1, chunk_elements // (K * D))
         for ids_N, memory_NKD in zip(ids_U.split(size), memory_UKD.split(size), strict=True):

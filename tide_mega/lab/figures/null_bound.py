@@ -204,8 +204,7 @@ def measure_routed(model: TrainedModel, sequences: Iterable[Tensor], largest_row
 @torch.no_grad()
 def normalised_rows(model: TrainedModel, ids_U: Tensor) -> Tensor:
     """Return M [U, K, D] of distinct, ascending ids, as the model's layers receive them; fp32."""
-    memory_UKD: Tensor = model.stage(read_ids=ids_U)
-    return memory_UKD.float()
+    return model.normalised(model.table_rows(ids_U)).float()
 
 
 EPSILONS = (0.5, 0.1, 1e-2, 1e-3, 1e-6)

@@ -53,11 +53,11 @@ class Precisions:
 
 def measure(label: str, model: TrainedModel, texts: Mapping[str, Sequence[TokenBatch]]) -> Precisions:
     """Score the texts with the model's own rows, and with those of each of `STORED`."""
-    K, D = model.stage.block_shape
+    K, D = model.stage.memory.block_shape
     forms = {kind: RowFormat(kind, K, D) for kind in (TRAINED, *STORED)}
     by_format = {TRAINED: score_texts(model, texts)}
     by_format |= {kind: score_texts(model, texts, as_stored(model, forms[kind])) for kind in STORED}
-    stored = {kind: model.stage.vocab_size * form.record_bytes for kind, form in forms.items()}
+    stored = {kind: model.config.model.vocab_size * form.record_bytes for kind, form in forms.items()}
     return Precisions(label, K, stored, by_format)
 
 

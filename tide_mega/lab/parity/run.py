@@ -43,7 +43,7 @@ from tide_mega.training import setup
 
 LAYER = re.compile(r"chunks\.(\d+)\.decoder\.layers\.(\d+)\.")
 CHUNK = re.compile(r"^chunks\.\d+\.")
-NAMES = {"memory.tables_WKD": TABLES}
+NAMES = {"memory_blocks.tables_WKD": TABLES}
 
 
 def build_stage(case: Case, config: TideConfig) -> TideStage:
@@ -77,8 +77,8 @@ def local_weights(stage: TideStage) -> dict[str, Tensor]:
             name = f"layers.{layers[int(here[1])][int(here[2])]}.{name[here.end() :]}"
         if parameter is not stage.absent_tables:
             weights[NAMES.get(name, CHUNK.sub("", name))] = parameter
-    if stage.owned is not None:
-        weights[TABLES] = stage.owned.master_WKD
+    if stage.memory.owned is not None:
+        weights[TABLES] = stage.memory.owned.master_WKD
     return weights
 
 
@@ -128,8 +128,8 @@ def compare_gradients(case: Case) -> Deviation:
     reference = reference_model(config, case.device)
     expected_loss = reference_backward(reference, batches)
     gradients: dict[str, Any] = {name: weight.grad for name, weight in local_weights(stage).items()}
-    if stage.owned is not None:
-        gradients[TABLES] = stage.owned.gradient_WKD
+    if stage.memory.owned is not None:
+        gradients[TABLES] = stage.memory.owned.gradient_WKD
     missing = [name for name, gradient in gradients.items() if gradient is None]
     if missing:
         raise RuntimeError(f"the backward pass left no gradient on {', '.join(missing)}")

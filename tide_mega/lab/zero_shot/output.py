@@ -11,6 +11,7 @@ from tide_mega.files import write_bytes
 from tide_mega.lab.plotting import GREY, PALETTE, new_figure
 from tide_mega.lab.zero_shot.compare import format_cell, is_accuracy, is_perplexity
 from tide_mega.lab.zero_shot.results import Cell, Column, Comparison
+from tide_mega.text_table import aligned
 
 NAME = "zero_shot"
 _COLOURS = (GREY, *PALETTE)
@@ -48,7 +49,7 @@ def as_text(comparison: Comparison) -> str:
         ]
         chances = [column.chance for column in comparison.columns]
         chance = ["chance", *map(_plain, chances), _plain(comparison.mean_chance)]
-        lines += _aligned([head, metrics], [*rows, chance])
+        lines.append(aligned([head, metrics], [*rows, chance], left=1))
     lines += [f"not evaluated: {task}: {reason}" for task, reason in comparison.absent.items()]
     lines += ["", *comparison.findings] if comparison.findings else []
     return "\n".join([*lines, "", *comparison.notes])
@@ -60,17 +61,6 @@ def _or_dash(cell: Cell | None) -> str:
 
 def _plain(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"
-
-
-def _aligned(heads: list[list[str]], rows: list[list[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*heads, *rows, strict=True)]
-
-    def line(cells: list[str]) -> str:
-        first, *rest = (cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
-        return "  ".join([first.strip().ljust(widths[0]), *rest]).rstrip()
-
-    rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
-    return [*map(line, heads), rule, *map(line, rows)]
 
 
 def as_csv(comparison: Comparison) -> str:
