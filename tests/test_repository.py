@@ -28,7 +28,7 @@ DOORS = {
     "deepspeed": {"tide_mega/parallel/engine.py"},
     "megatron.core.parallel_state": {"tide_mega/parallel/groups.py"},
     "hydra": {"tide_mega/config/hydra_door.py"},
-    "webdataset": {"tide_mega/data/shards.py"},
+    "webdataset": {"tide_mega/data/prepare/shards.py"},
     "wandb": {
         "tide_mega/training/loggers.py",
         "tide_mega/lab/dashboard/workspace.py",

@@ -222,10 +222,11 @@ def parse_json(text: str | bytes) -> Any:
     """Read JSON.
 
     Raises:
-        ValueError: it is not JSON, or nested more than `DEEPEST` levels deep.
+        ValueError: it is not JSON, nested more than `DEEPEST` levels deep, or an object in it says a name twice:
+            of two files with one name a list would show the last alone.
     """
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_once_each)
     except RecursionError:
         raise ValueError(f"it is nested more than {DEEPEST} levels deep") from None
     brackets = ("[", "{") if isinstance(text, str) else (b"[", b"{")
@@ -233,6 +234,14 @@ def parse_json(text: str | bytes) -> Any:
     if sum(map(text.count, brackets)) > DEEPEST and _depth_exceeds(value, DEEPEST):  # type: ignore[arg-type]
         raise ValueError(f"it is nested more than {DEEPEST} levels deep")
     return value
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"it says {max(names, key=names.count)!r} twice")
+    return found
 
 
 def read_json(folder: Path, name: str) -> Any:

@@ -82,6 +82,15 @@ def test_many_random_bits_are_all_found(checkpoints):
     assert verify(newest) == []
 
 
+def test_a_manifest_that_names_one_file_twice_and_another_never_is_found(checkpoints, caplog):
+    """One bit makes rank 0 of its files rank 1, whose true record follows."""
+    manifest = checkpoints / "step-00000002" / "manifest.json"
+    text = manifest.read_text()
+    assert text.count('"rank-00000.safetensors"') == 1
+    manifest.write_text(text.replace('"rank-00000.safetensors"', '"rank-00001.safetensors"'))
+    assert_falls_back(checkpoints, caplog, "says 'rank-00001.safetensors' twice")
+
+
 def test_swapped_ranks_are_found(checkpoints, caplog):
     first, second = (checkpoints / "step-00000002" / name for name in FILES[:2])
     third = first.with_name("third")

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tide_mega import files as atomic
+from tide_mega import files
 from tide_mega.data.frequency import DecileTable
 from tide_mega.data.index import DatasetIndex
 from tide_mega.data.prepare.folder import STATE_FILE, locked
@@ -119,7 +119,7 @@ def killed_at(options: PrepareOptions, nth: int) -> bool:
             renames += 1
             return result
 
-        atomic.Path.replace = rename_or_die  # type: ignore[method-assign]
+        files.Path.replace = rename_or_die  # type: ignore[method-assign]
         prepare(options, log=lambda line: None, progress=False)
 
     process = multiprocessing.get_context("fork").Process(target=child)
@@ -287,7 +287,7 @@ def test_bad_input_is_an_error_that_names_the_file(
     assert f"in/{name}" in str(raised.value)
     assert reason in str(raised.value)
     assert not (Path(options.out) / "index.json").exists()
-    assert not [path for path in Path(options.out).iterdir() if atomic.unfinished(path.name)]
+    assert not [path for path in Path(options.out).iterdir() if files.unfinished(path.name)]
 
 
 def test_bad_input_can_be_skipped_and_is_then_counted_and_named(

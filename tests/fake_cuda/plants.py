@@ -9,9 +9,9 @@ import torch
 from tests.fake_cuda.training import Report, train
 from tide_mega.config.schema import TideConfig
 from tide_mega.kernels.mix import triton as triton_mix
+from tide_mega.memory import memory as reading
 from tide_mega.model import layer
 from tide_mega.model import modules as attention
-from tide_mega.model import stage as reading
 
 
 def rotation_on_the_cpu() -> None:

@@ -121,6 +121,7 @@ def test_rollbacks_past_the_limit_stop_the_run(pools, tiny_data, tmp_path):
     assert kind == "DivergedError"
     assert "after 1 rollbacks" in message
     assert summary(tmp_path)["ended_by"].startswith("DivergedError")
+    assert events(tmp_path) == [("rollback", 12, 10), ("rollback", 11, 11)]
 
 
 @pytest.mark.slow

@@ -45,7 +45,7 @@ from tide_mega.checkpoint.agreement import gather
 from tide_mega.checkpoint.storage import BoxReader, BoxWriter
 from tide_mega.config.schema import ModelConfig
 from tide_mega.errors import CheckpointError
-from tide_mega.memory.ranges import OwnershipExchange
+from tide_mega.memory.ownership import OwnershipExchange
 from tide_mega.model.canonical import TABLES, Box, LocalWeight, local_weights
 from tide_mega.parallel.engine import Engine
 from tide_mega.parallel.optimizer_state import MOMENTS
@@ -267,7 +267,7 @@ class Contents:
         """Describe the state; collective over `group`, all processes, for host tensors."""
         self.engine, self.model, self.group = engine, model, group
         self.owned = engine.module.memory.owned
-        self.row_shape: tuple[int, ...] = engine.module.block_shape
+        self.row_shape: tuple[int, ...] = engine.module.memory.block_shape
         owners = tuple(rank for rank, owns in enumerate(gather(group, self.owned is not None)) if owns)
         if self.owned is not None and tuple(dist.get_process_group_ranks(self.owned.group)) != owners:
             raise RuntimeError("the owners of the tables are not in the order of their ranks")

@@ -35,7 +35,7 @@ class ModelConfig:
 
 @dataclass
 class MemoryConfig:
-    """EmbeddingMemory and its routers (SPEC section 1)."""
+    """EmbeddingMemory and its routers (paper, section 3)."""
 
     num_blocks: int = 0
     """K. 0 is the baseline: no tables, no routers, through the same code."""
@@ -94,7 +94,7 @@ class KernelConfig:
 
 @dataclass
 class OptimConfig:
-    """AdamW and the learning-rate schedule (SPEC section 2 gives the defaults).
+    """AdamW and the learning-rate schedule (the paper's appendix L gives the defaults).
 
     The schedule is part of the run. In a run with `trainer.max_tokens` its steps are steps of the batch that
     the run was started with, and it follows the tokens.

@@ -1,5 +1,9 @@
 """Rules that a configuration must satisfy before anything is loaded; and the syntax of `faults.inject`.
 
+They see the configuration alone. Against the data it is checked where that is opened: the vocabulary in
+`tide_mega.training.setup.open_stream`, the sequence length in `tide_mega.data.loader.train_batches`, and that a
+run goes on with its own data in `tide_mega.run.folder` and `tide_mega.checkpoint.state.Identity`.
+
 `faults.inject` lists faults to inject on purpose, to test that a run survives them.
 """
 

@@ -1,4 +1,4 @@
-"""Frequency deciles of the training corpus (SPEC section 3; the paper's Appendix B).
+"""Frequency deciles of the training corpus (the paper's appendix B).
 
 b(v) = min(floor(rank(v) / |V_clean| * 10), 9), where rank counts from 0 in ascending order of frequency over the
 clean types that occur. Dimensions: V vocabulary.

@@ -1,10 +1,7 @@
 """Moves table rows between owners and askers: a gather from vocab-parallel tables, an all-to-all for cyclic ones.
 
 `gather_rows` serves tables sharded over tensor parallelism (`memory.owners=tensor`). `Route` serves tables whose
-rows each have one owner (`tensor_data`) with cyclic ownership: owner = id mod G, and its row = id div G.
-Tokenizers number their types roughly by frequency, so owners of contiguous ids would serve very different loads:
-with 32 owners and 32,768 English tokens the busiest would serve 9 times the mean; with cyclic ownership it is
-1.1 times.
+rows each have one owner (`tensor_data`; which one, says `tide_mega.memory.ownership`).
 
 Dimensions: U distinct types, or with `Route` the rows that this process asks for; W rows of the table that this
 process owns; Q rows that others ask of this process; N tokens; G owners; K blocks; D width.
@@ -19,11 +16,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from tide_mega.memory.ownership import owner_of, row_at_owner
 from tide_mega.memory.traffic import TrafficMeter
 from tide_mega.parallel.groups import sum_over
 
 
-def first_owned_row(rows_per_owner: int, group: ProcessGroup) -> int:
+def first_row_of_tensor_shard(rows_per_owner: int, group: ProcessGroup) -> int:
     """Return the first row, in the whole table, of this process's shard."""
     return group.rank() * rows_per_owner
 
@@ -33,7 +31,7 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, shard_WKD: Tensor, ids_U: Tensor, group: ProcessGroup) -> Tensor:
-        local_U = ids_U - first_owned_row(shard_WKD.size(0), group)
+        local_U = ids_U - first_row_of_tensor_shard(shard_WKD.size(0), group)
         if group.size() == 1:
             rows_UKD = shard_WKD[local_U]
         else:
@@ -108,7 +106,7 @@ class Owners:
         first_1 = self.tensor.rank() * each_1
         is_mine_N = (place_N >= first_1) & (place_N < torch.minimum(first_1 + each_1, count_1))
         of_G = torch.zeros(members, dtype=torch.int64, device=distinct_N.device)
-        of_G.scatter_add_(0, distinct_N % members, is_mine_N.long())
+        of_G.scatter_add_(0, owner_of(distinct_N, members), is_mine_N.long())
         if members == 1:
             return torch.cat((of_G, of_G))
         by_G = torch.empty_like(of_G)
@@ -148,10 +146,10 @@ class Route:
         members = group.size()
         if members == 1:
             return cls(group, asked, None, ids_U)
-        order_U = torch.argsort(ids_U % members, stable=True)
+        order_U = torch.argsort(owner_of(ids_U, members), stable=True)
         wanted_Q = ids_U.new_empty(sum(asked.by))
         dist.all_to_all_single(wanted_Q, ids_U[order_U], asked.by, asked.of, group=group)
-        route = cls(group, asked, order_U, wanted_Q // members)
+        route = cls(group, asked, order_U, row_at_owner(wanted_Q, members))
         route._count(meter, "ids", ids_U.element_size(), outward=asked.of, inward=asked.by)
         return route
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from tide_mega.config.schema import OptimConfig
 from tide_mega.kernels.row_sum import add_rows
 from tide_mega.memory.exchange import Owners, PendingRows, Route, share
+from tide_mega.memory.ownership import rows_of_owner
 from tide_mega.memory.plan import MemoryPlan
 from tide_mega.memory.ranges import row_squares, sum_by_block
 from tide_mega.memory.traffic import TrafficMeter
@@ -115,7 +116,7 @@ class OwnedTables:
         """Create rows of 0; `kernel` is the version that accumulates gradients: naive, cpu or triton."""
         self.groups, self.group, self.meter, self.dtype = groups, groups.memory, meter, dtype
         self.vocab_size = vocab_size
-        self.rows = math.ceil(vocab_size / self.group.size())
+        self.rows = rows_of_owner(vocab_size, self.group.size())
         self.master_WKD = torch.zeros(self.rows, num_blocks, width, device=device, requires_grad=True)
         self.gradient = TableGradient(self.master_WKD, kernel)
         decay = optim.weight_decay if optim.table_weight_decay is None else optim.table_weight_decay

@@ -104,7 +104,7 @@ class DecileResult:
 
 
 class DecileLoss(SumAndCount):
-    """Cross entropy summed per frequency decile of the target token (SPEC section 3)."""
+    """Cross entropy summed per frequency decile of the target token (paper, appendix B)."""
 
     def __init__(self, bin_of_type: Tensor) -> None:
         """Take the decile lookup `bin_of_type` [V] (see `SlotIndex`)."""

@@ -16,8 +16,8 @@ from tide_mega.data.loader import TokenBatch
 from tide_mega.memory.memory import Request
 from tide_mega.model.chunk import LossTensors, Scored, ScoreTensors, Targets
 from tide_mega.model.stage import TideStage
+from tide_mega.parallel.accumulation import GradientAccumulator
 from tide_mega.parallel.engine import Engine
-from tide_mega.parallel.gradients import GradientAccumulator
 from tide_mega.parallel.pipeline import LossFunction, run_microbatches
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tide_mega.config.schema import MemoryConfig, ModelConfig
 from tide_mega.memory.owned import OwnedTables
+from tide_mega.memory.ownership import owned_within
 from tide_mega.model.canonical import GAINS, TABLES, Box, local_weights
 from tide_mega.model.stage import TideStage
 
@@ -57,7 +58,7 @@ def _owned_rows(owned: OwnedTables, num_blocks: int, vocab_size: int, fetch: Fet
         row = 0
         for first in range(0, vocab_size, ROW_BLOCK):
             block_RD = fetch(f"{TABLES}.{k}", first, min(first + ROW_BLOCK, vocab_size))
-            own_RD = block_RD[(group.rank() - first) % group.size() :: group.size()]
+            own_RD = block_RD[owned_within(group.rank(), group.size(), first)]
             values_WKD[row : row + len(own_RD), k] = own_RD
             row += len(own_RD)
     return values_WKD

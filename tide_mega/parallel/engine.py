@@ -13,10 +13,10 @@ from torch import nn
 
 from tide_mega.config.schema import OptimConfig
 from tide_mega.errors import ConfigError
+from tide_mega.parallel.accumulation import GradientAccumulator
 from tide_mega.parallel.device import Device
 from tide_mega.parallel.engine_settings import EngineOptions, ParameterGroup, adamw, deepspeed_config
 from tide_mega.parallel.gradient_ranges import GradientRange, gradient_ranges
-from tide_mega.parallel.gradients import GradientAccumulator
 from tide_mega.parallel.groups import Mpu, ParallelGroups
 from tide_mega.parallel.optimizer_state import OptimizerState
 
@@ -187,6 +187,9 @@ class Engine:
 
         DeepSpeed detects bad values only where its norm looks: with tensor and pipeline parallelism not in every
         copy of a replicated weight. So check `is_gradient_finite` on every rank first.
+
+        The norm is clipped by DeepSpeed (`gradient_clipping` of `deepspeed_config`) or, where weights lie outside
+        it, in `_clip_together`.
 
         Returns:
             Whether the update was made: a norm that is not finite leaves every rank's weights unchanged.

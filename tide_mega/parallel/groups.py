@@ -52,7 +52,8 @@ class ParallelGroups:
     embedding: ProcessGroup | None
     """First and last stage, which hold copies of a tied embedding; None on other stages and without pipeline."""
     memory: ProcessGroup
-    """On the first pipeline stage, the owners of the memory tables, whose row shards are in rank order."""
+    """On the first pipeline stage, the owners of the memory tables. With `tensor_data` the ranks of tensor x data,
+    of which v mod size has row v (`tide_mega.memory.ownership`); with `tensor` each has a contiguous shard."""
 
     @property
     def tensor_rank(self) -> int:

@@ -51,8 +51,8 @@ class Schedule:
         wsd, C <= p < E     min_lr + (lr - min_lr) * (1 - sqrt((p - C) / cooldown))
         p >= E             min_lr; for wsd without a cooldown lr
 
-    So the update at W uses the peak rate, and `min_lr` is reached at E. Cosine is the paper's schedule (SPEC
-    section 2). Warm-up, stable, decay is from Hu et al. 2024 (MiniCPM, arXiv 2404.06395); the 1 - sqrt decay,
+    So the update at W uses the peak rate, and `min_lr` is reached at E. Cosine is the paper's schedule
+    (appendix L). Warm-up, stable, decay is from Hu et al. 2024 (MiniCPM, arXiv 2404.06395); the 1 - sqrt decay,
     which ends at a lower loss than a linear one, from Haegele et al. 2024 (arXiv 2405.18392).
     """
 

@@ -79,16 +79,18 @@ class Reactions:
         at_step = self._state.step
         if verdict.action is Action.SKIP:
             self._ledger.waste(productive)
-        self._guard.tell(verdict, at_step)
-        if verdict.action is Action.ROLL_BACK and not self._roll_back():
-            verdict = replace(verdict, action=Action.SKIP)
-            self._ledger.waste(productive)
-            counts = self._guard.policy.counts  # the rollback that was decided on is already counted
-            counts.rollbacks -= 1
-            counts.skipped_steps += 1
-            counts.skipped_in_a_row += 1
+        try:
             self._guard.tell(verdict, at_step)
-        self._reporter.log_event(EVENTS[verdict.action], verdict, at_step)
+            if verdict.action is Action.ROLL_BACK and not self._roll_back():
+                verdict = replace(verdict, action=Action.SKIP)
+                self._ledger.waste(productive)
+                counts = self._guard.policy.counts  # the rollback that was decided on is already counted
+                counts.rollbacks -= 1
+                counts.skipped_steps += 1
+                counts.skipped_in_a_row += 1
+                self._guard.tell(verdict, at_step)
+        finally:  # of the step that ends the run too
+            self._reporter.log_event(EVENTS[verdict.action], verdict, at_step)
         return verdict.action
 
     def _roll_back(self) -> bool:

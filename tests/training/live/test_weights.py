@@ -70,7 +70,7 @@ def plant(engine, config, tensors):
         return named[name][first:last] if name in named else initial.rows(name, first, last)
 
     for weight, values in local_tensors(engine.module, config.model, fetch):
-        if engine.module.owned is not None and weight is engine.module.owned.master_WKD:
+        if engine.module.memory.owned is not None and weight is engine.module.memory.owned.master_WKD:
             weight.detach().copy_(values)
         elif (kept := engine.state.kept(weight)) is not None and len(values.flatten()) > 1:
             kept.master.copy_(values.flatten()[kept.start : kept.start + kept.master.numel()])

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from tide_mega.data.index import SPLITS, ShardRecord, shard_from_json
 from tide_mega.data.prepare.documents import BadRecord, read_piece
 from tide_mega.data.prepare.inputs import Unit
-from tide_mega.data.shards import ShardWriter
+from tide_mega.data.prepare.shards import ShardWriter
 from tide_mega.data.tokenizer import Tokenizer
 from tide_mega.errors import DataError
 from tide_mega.files import atomic_writer, parse_json, write_json

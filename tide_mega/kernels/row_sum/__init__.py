@@ -32,5 +32,7 @@ def add_rows(
         triton.add_rows(total_WKD, rows_Q, received_QKD, divisor)
     elif version == "cpu":
         cpu.add_rows(total_WKD, rows_Q, received_QKD, divisor)
-    else:
+    elif version == "naive":
         naive.add_rows(total_WKD, rows_Q, received_QKD, counts_G, divisor)
+    else:
+        raise KeyError(version)

@@ -33,7 +33,7 @@ def vocab_loss(
     chunk_tokens: int | None = None,
     compile_kernels: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the mean over labelled tokens of cross entropy + z_loss · log Z² (SPEC section 2); collective.
+    """Return the mean over labelled tokens of cross entropy + z_loss · log Z² (paper, appendix L); collective.
 
     Args:
         hidden_ND: input of the output layer, the same on all ranks of the group. Its gradient is this rank's

@@ -11,7 +11,7 @@ from torch import Tensor
 def vocab_loss(
     hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, z_loss: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the mean over labelled tokens of cross entropy + z_loss · log Z² (SPEC section 2).
+    """Return the mean over labelled tokens of cross entropy + z_loss · log Z² (paper, appendix L).
 
     Args:
         hidden_ND: input of the output layer.

@@ -5,7 +5,7 @@ import torch.distributed as dist
 from torch import nn
 
 from tide_mega.config.schema import ParallelConfig
-from tide_mega.parallel.gradients import GradientAccumulator
+from tide_mega.parallel.accumulation import GradientAccumulator
 from tide_mega.parallel.groups import make_groups
 
 

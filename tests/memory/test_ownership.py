@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tide_mega.memory import ranges as deal
-from tide_mega.memory.ranges import OwnershipExchange
+from tide_mega.memory import ownership as deal
+from tide_mega.memory.ownership import OwnershipExchange
 
 
 def there_and_back(vocab_size, owners, group=None):

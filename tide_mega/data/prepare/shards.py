@@ -1,7 +1,8 @@
 """Writes a shard: an uncompressed webdataset tar whose bytes depend on its content alone.
 
 A sample is `{key}.ends.npy` (uint32: positions just past each document's last token, within the sample) and
-`{key}.tokens.npy` (uint16 or uint32). This is the only module that imports webdataset.
+`{key}.tokens.npy` (uint16 or uint32). Training reads these by their offsets in the index, in
+`tide_mega.data.stream`. This is the only module that imports webdataset.
 """
 
 import hashlib
