@@ -11,6 +11,7 @@ torch itself is patched for the lifetime of the process where fake tensors need 
 """
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import itertools
@@ -27,9 +28,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_flatten
 
 from tide_mega.dryrun import groups
-from tide_mega.dryrun.recorder import DryRunError, active, note_wait, place
+from tide_mega.dryrun.recorder import DryRunError, active, note_wait, place, place_and_line
 from tide_mega.dryrun.values import assumed
 
 # torch is patched here in ways that its type annotations do not allow.
@@ -289,7 +291,22 @@ def _numpy(tensor: Tensor, *, force: bool = False) -> NDArray[Any]:
 
 
 def _as_it_is(function: Any = None, **_: Any) -> Any:
-    return _as_it_is if function is None else function
+    """Replacement of torch.compile: the function runs as it is, and a ledger counts it as one kernel."""
+    if function is None:
+        return _as_it_is
+
+    @functools.wraps(function)
+    def one_kernel(*args: Any, **kwargs: Any) -> Any:
+        recorder = active()
+        if recorder is None or recorder.ledger is None:
+            return function(*args, **kwargs)
+        inputs = tree_flatten((args, kwargs))[0]
+        with recorder.ledger.fused(function.__name__, inputs, *place_and_line()) as outputs:
+            result = function(*args, **kwargs)
+            outputs += tree_flatten(result)[0]
+        return result
+
+    return one_kernel
 
 
 def _launch(self: Any, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> None:
@@ -310,4 +327,7 @@ def _launch(self: Any, *args: Any, grid: Any, warmup: bool = False, **kwargs: An
     if not all(size > 0 for size in sizes):
         raise DryRunError(f"{place()} launches {self.__name__} on a grid {tuple(sizes)}")
     if (recorder := active()) is not None:
-        recorder.launches[f"{self.fn.__module__.removeprefix('tide_mega.kernels.')}.{self.__name__}"] += 1
+        name = f"{self.fn.__module__.removeprefix('tide_mega.kernels.')}.{self.__name__}"
+        recorder.launches[name] += 1
+        if recorder.ledger is not None:
+            recorder.ledger.launch(name, bound.arguments.values(), place())

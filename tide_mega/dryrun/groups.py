@@ -126,11 +126,27 @@ def communicate(
                 f"{place()} gives {backend}'s {func._opname} {problem}: {list(tensor.shape)} {tensor.dtype}"
             )
     dtype = str(tensors[0].dtype).removeprefix("torch.") if tensors else "none"
-    recorder.collectives[Collective(place(), func._opname, group.size(), on, dtype)] += 1
+    here = place()
+    recorder.collectives[Collective(here, func._opname, group.size(), on, dtype)] += 1
+    if (ledger := recorder.ledger) is not None:
+        ranks = tuple(sorted(dist.get_process_group_ranks(group)))
+        ledger.message(func._opname, _whole(func._opname, by_name, tensors), ranks, here)
     with _disable_current_modes(), torch.no_grad():
         _receive(func._opname, by_name, group, peers)
     work = FakeWork().boxed()
     return (args[0], work) if len(func._schema.returns) == 2 else work
+
+
+def _whole(name: str, by_name: dict[str, Any], tensors: list[Tensor]) -> list[Tensor]:
+    """Return of a collective's tensors those that make up the whole."""
+    of = {
+        "_allgather_base_": "output_tensor",
+        "allgather_": "output_tensors",
+        "_reduce_scatter_base_": "input_tensor",
+        "reduce_scatter_": "input_tensors",
+        "alltoall_base_": "input",
+    }.get(name)
+    return tensors if of is None else [t for t in tree_flatten(by_name[of])[0] if isinstance(t, Tensor)]
 
 
 def _problem(tensor: Tensor, on: str) -> str | None:

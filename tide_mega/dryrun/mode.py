@@ -4,7 +4,7 @@ What torch itself would refuse on a GPU is refused, naming the place; what it wo
 host synchronisation or computation in float64, is counted.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from tide_mega.dryrun.groups import Mirror, among, communicate
-from tide_mega.dryrun.recorder import DryRunError, Recorder, place, recording
+from tide_mega.dryrun.recorder import DryRunError, Recorder, active, place, place_and_line, recording
 from tide_mega.dryrun.values import assumed, attach, follow
 
 aten = torch.ops.aten
@@ -29,6 +29,10 @@ SIZED_BY_DATA = frozenset(
 COPIES = frozenset({"copy_", "_to_copy", "_foreach_copy_", "set_"})
 INDEXING = frozenset({"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"})
 PRODUCTS = frozenset({"mm", "bmm", "addmm", "baddbmm", "_scaled_dot_product_flash_attention"})
+
+
+_wants_meta: list[bool] = []
+"""One entry for each running call that asked for tensors without memory."""
 
 
 @contextmanager
@@ -89,6 +93,8 @@ class _Operations(TorchDispatchMode):
         if name in INDEXING:
             args = self._with_integer_indices(func, args)
         _one_device(func, inputs)
+        if _wants_meta:
+            return self._run(func, args, kwargs)
         kwargs = _without_meta(name, kwargs)
         result = self._run(func, args, kwargs)
         for made in _tensors(result):
@@ -96,6 +102,10 @@ class _Operations(TorchDispatchMode):
             if isinstance(made, FakeTensor) and made.fake_device.type == "meta":
                 made.fake_device = CUDA
         follow(func, args, kwargs, inputs, _tensors(result), result)
+        if (ledger := self._recorder.ledger) is not None:
+            here, line = place_and_line()
+            ledger.hold((*inputs, *_tensors(result)), here, line)
+            ledger.operation(func, args, kwargs, inputs, result, here)
         self._note(func, name, args, kwargs, inputs, result)
         return result
 
@@ -226,7 +236,12 @@ class _PythonCalls(TorchFunctionMode):
             if isinstance(kwargs.get("device"), int):
                 kwargs["device"] = CUDA
         is_pinned = kwargs.pop("pin_memory", False)  # C++ would look for an allocator of pinned memory
-        result = _REPLACED.get(func, func)(*args, **kwargs)
+        wants_meta = str(kwargs.get("device")) == "meta"  # in Python it is no fake of a card
+        _wants_meta.extend([True] * wants_meta)
+        try:
+            result = _REPLACED.get(func, func)(*args, **kwargs)
+        finally:
+            del _wants_meta[len(_wants_meta) - wants_meta :]
         if is_pinned:
             result._is_pinned = True
         return result
@@ -280,16 +295,49 @@ def _attention(
     """Use the flash kernel in 16 bits, else plain math: C++ would choose by a device that it does not know."""
     if attn_mask is not None:
         raise DryRunError("a dry run knows attention without a mask alone")
-    if enable_gqa:
-        times = query.size(1) // key.size(1)
-        key, value = key.repeat_interleave(times, 1), value.repeat_interleave(times, 1)
-    if query.is_cuda and query.dtype.itemsize == 2:
+    if query.is_cuda and query.dtype.itemsize == 2:  # its kernel takes groups of queries as they are
         return aten._scaled_dot_product_flash_attention(
             query, key, value, dropout_p, is_causal, False, scale=scale
         )[0]
+    if enable_gqa:
+        times = query.size(1) // key.size(1)
+        key, value = key.repeat_interleave(times, 1), value.repeat_interleave(times, 1)
     return aten._scaled_dot_product_attention_math(
         query, key, value, None, dropout_p, is_causal, scale=scale
     )[0]
+
+
+class _FusedNorm(torch.autograd.Function):
+    """CUDA's fused RMSNorm, which keeps its input and a scale a row; C++ would compose it for other devices."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, weight: Tensor, rows: int) -> Tensor:
+        out, scale = torch.empty_like(tensor), tensor.new_empty(rows, dtype=torch.float32)
+        _note_kernel("rms_norm", tensor, weight, out, scale)
+        ctx.save_for_backward(tensor, weight, scale)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        tensor, weight, scale = ctx.saved_tensors
+        incoming, weighted = torch.empty_like(tensor), torch.empty_like(weight)
+        _note_kernel("rms_norm_backward", *gradients, tensor, scale, incoming)
+        _note_kernel("rms_norm_backward_weight", *gradients, tensor, scale, weighted)
+        return incoming, weighted, None
+
+
+def _note_kernel(name: str, *tensors: Tensor) -> None:
+    recorder = active()
+    if recorder is not None and recorder.ledger is not None:
+        recorder.ledger.launch(name, tensors, place())
+
+
+def _rms_norm(
+    tensor: Tensor, shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
+) -> Tensor:
+    if not tensor.is_cuda or weight is None:
+        return torch.rms_norm(tensor, shape, weight, eps)
+    return _FusedNorm.apply(tensor, weight, tensor.numel() // weight.numel())
 
 
 _REPLACED: dict[Any, Callable[..., Any]] = {
@@ -299,4 +347,5 @@ _REPLACED: dict[Any, Callable[..., Any]] = {
     torch.Tensor.pin_memory: _pin_memory,
     torch.Tensor.is_pinned: lambda tensor, *_: getattr(tensor, "_is_pinned", False),
     F.scaled_dot_product_attention: _attention,
+    F.rms_norm: _rms_norm,
 }

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import CodeType, FrameType
 
+from tide_mega.dryrun.ledger import Ledger
 from tide_mega.errors import StatedError
 
 PACKAGES = ("tide_mega/", "deepspeed/", "megatron/core/")
@@ -62,6 +63,8 @@ class Recorder:
     """Matrix products and attention on the device, by place and dtype of the operands."""
     launches: Counter[str] = field(default_factory=Counter)
     """Triton launches, by kernel."""
+    ledger: Ledger | None = None
+    """Accounts of memory, work and messages, if wanted; `clear` leaves it as it is."""
 
     def wait(self, kind: str) -> None:
         """Record that the host waits here."""
@@ -99,16 +102,22 @@ def note_wait(kind: str) -> None:
 
 def place() -> str:
     """Return the name of the innermost calling function in PACKAGES, else in LIBRARIES."""
+    return place_and_line()[0]
+
+
+def place_and_line() -> tuple[str, str]:
+    """Return the same, and the line in it, as in "tide_mega/memory/plan.py:41"."""
     frame: FrameType | None = sys._getframe(1)
-    library: str | None = None
+    library: tuple[str, str] | None = None
     while frame is not None:
         name = _name(frame.f_code)
         if name is not None:
+            found = name, f"{name.partition(':')[0]}:{frame.f_lineno}"
             if name.startswith(PACKAGES):
-                return name
-            library = library or name
+                return found
+            library = library or found
         frame = frame.f_back
-    return library or "elsewhere"
+    return library or ("elsewhere", "elsewhere")
 
 
 _WITHIN = re.compile(r"(\.<locals>)?\.<(listcomp|setcomp|dictcomp|genexpr)>")

@@ -7,12 +7,12 @@ import signal
 import subprocess
 import sys
 import traceback
-import warnings
 from collections.abc import Callable
 from multiprocessing.connection import Connection, Pipe
 from types import TracebackType
 from typing import Any
 
+from tide_mega.config.command_line import hush_libraries
 from tide_mega.errors import StatedError
 
 STACK = (
@@ -80,6 +80,7 @@ class DryWorker:
             pass_fds=[there.fileno()],
             env=environment,
             start_new_session=True,
+            stdout=subprocess.DEVNULL,  # DeepSpeed prints which of its extensions this machine cannot compile
         )
         there.close()
 
@@ -96,7 +97,7 @@ class DryWorker:
 def serve(descriptor: int) -> None:
     """Serve requests from the other end of a connection until it is closed."""
     channel: Any = Connection(descriptor)
-    warnings.filterwarnings("ignore", module=r"(megatron|torch|deepspeed)(\.|$)")
+    hush_libraries()
     import torch
 
     from tide_mega.dryrun import cuda
