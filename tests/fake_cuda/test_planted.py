@@ -53,7 +53,7 @@ def test_a_product_in_float32_is_found(train_with):
 
 @pytest.mark.slow
 def test_host_memory_given_to_nccl_is_found(train_with):
-    found = r"tide_mega/parallel/groups\.py:sum_over gives NCCL's allreduce_ a tensor on cpu"
+    found = r"tide_mega/memory/memory\.py:Memory\.send_gradients gives NCCL's allreduce_ a tensor on cpu"
     with pytest.raises(DryRunFailedError, match=found):
         train_with(plants.send_host_memory, "pipeline, first")
 

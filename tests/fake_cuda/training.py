@@ -24,7 +24,7 @@ from tide_mega.training.batches import StepBatches
 from tide_mega.training.evaluation import Evaluator
 from tide_mega.training.faults.guard import StepGuard
 from tide_mega.training.report import LossWindow
-from tide_mega.training.throughput import count_step
+from tide_mega.training.step_traffic import count_step
 
 VOTE, TOKENS_OF_VOTE = 5, 3
 """Columns of `tide_mega.training.faults.policy`, and that of the tokens that a rank has losses of."""

@@ -48,6 +48,7 @@ def rank_step(**changes):
         messages={},
         waits=Counter(),
         traffic={},
+        groups={},
         seconds=1.0,
     )
     return replace(step, **changes)

@@ -19,7 +19,13 @@ PACKAGES = ("tide_mega/", "deepspeed/", "megatron/core/")
 """Packages whose code can be a place; the innermost of their frames counts."""
 LIBRARIES = ("torch/optim/", "torch/nn/utils/", "torch/distributed/")
 """The same if no frame is of PACKAGES."""
-PASSED_OVER = ("tide_mega/dryrun/", "deepspeed/accelerator/", "deepspeed/comm/", "deepspeed/utils/nvtx.py")
+PASSED_OVER = (
+    "tide_mega/dryrun/",
+    "tide_mega/parallel/groups.py",
+    "deepspeed/accelerator/",
+    "deepspeed/comm/",
+    "deepspeed/utils/nvtx.py",
+)
 """Never a place: code that all calls of a library go through."""
 
 _names: dict[CodeType, str | None] = {}

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -28,6 +29,7 @@ from tide_mega.dryrun.values import attach
 from tide_mega.lab.bench.text import draw_ids
 from tide_mega.model.steps import compute_gradients
 from tide_mega.training.faults.guard import StepGuard
+from tide_mega.training.step_traffic import count_step
 
 WARM = 2
 """Steps before the one that is accounted: in the first the moments are made."""
@@ -57,6 +59,8 @@ class RankStep:
     waits: Counter[Wait]
     traffic: dict[str, dict[str, int]]
     """The run's own meter, for the same step."""
+    groups: dict[str, tuple[int, ...]]
+    """Ranks of each group that this rank is in, by name."""
     seconds: float
     """That the dry run took."""
     resident: int = field(default=0)
@@ -120,6 +124,7 @@ def run_rank(config: TideConfig, world_size: int, rank: int) -> RankStep:
             messages=ledger.messages,
             waits=Counter(recorder.waits),
             traffic=built.stage.meter.read(),
+            groups=_groups(built),
             seconds=time.process_time() - begun,
             resident=1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
         )
@@ -149,9 +154,20 @@ def _step(built: DryRank, guard: StepGuard, batches: list[TokenBatch], ledger: L
             window=config.memory.window,
             own_time=_Schedule(ledger),
         )
+    count_step(built.stage.meter, built.stage, config, built.accumulation)
     with ledger.phase(UPDATE):
         verdict = guard.update(built.engine, result, 1e-3, batch=number, can_roll_back=False)
     assert verdict.is_applied
+
+
+def _groups(built: DryRank) -> dict[str, tuple[int, ...]]:
+    names = ("tensor", "data", "pipeline", "embedding", "memory")
+    found = {name: getattr(built.groups, name) for name in names}
+    return {
+        name: tuple(sorted(dist.get_process_group_ranks(group)))
+        for name, group in found.items()
+        if group is not None
+    }
 
 
 def _batches(built: DryRank) -> list[TokenBatch]:

@@ -1,8 +1,6 @@
-"""Speed of training: tokens per second, MFU and time left; peak rates of devices; bytes moved by libraries.
+"""Speed of training: tokens per second, MFU and time left; peak rates of devices.
 
 - `peak_tflops`: peak arithmetic rate of a device, the denominator of MFU.
-- `count_step`: bytes per step that megatron-core and DeepSpeed move: activations between pipeline stages, and the
-  collectives of data parallelism.
 - `Throughput`: measures training alone; evaluation and checkpoints are left out.
 """
 
@@ -13,11 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tide_mega.config.device_memory import element_bytes
 from tide_mega.config.gpus import find_gpu
-from tide_mega.config.schema import TideConfig
-from tide_mega.memory.traffic import TrafficMeter, size
-from tide_mega.model.stage import TideStage
 from tide_mega.parallel.device import DTYPES
 
 
@@ -61,38 +55,6 @@ def measured_cpu_tflops(dtype: torch.dtype, seconds: float = 0.3, size: int = 10
         torch.mm(a, b)
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best / 1e12
-
-
-def count_step(meter: TrafficMeter, stage: TideStage, config: TideConfig, microbatches: int) -> None:
-    """Count the bytes that megatron's schedule and DeepSpeed's ZeRO move for this rank in one optimizer step.
-
-    Pipeline: each micro-batch's hidden state [T, B, D] (T tokens, B sequences, D hidden size; its slice under
-    sequence parallelism) crosses each boundary between chunks once in the forward pass, and its gradient once in
-    the backward pass. Data parallelism over n replicas: reduce-scatter of the gradient and all-gather of the
-    weights, (n - 1) / n of each; ZeRO-3 instead gathers the weights for forward and backward of every
-    micro-batch.
-    """
-    pipeline, stages = stage.groups.pipeline, stage.groups.pipeline.size()
-    width = element_bytes(config)
-    if stages > 1:
-        tokens = config.data.seq_length * config.trainer.micro_batch_size
-        if config.parallel.sequence_parallel:
-            tokens //= stage.groups.tensor_size
-        tensor = tokens * config.model.hidden_size * width * microbatches
-        chunks = config.parallel.virtual_pipeline
-        out_borders = chunks - (pipeline.rank() == stages - 1)
-        in_borders = chunks - (pipeline.rank() == 0)
-        # Activations leave over outgoing boundaries and arrive over incoming ones; gradients the other way.
-        crossing = (out_borders + in_borders) * tensor
-        meter.add("pipeline", crossing, crossing)
-    replicas = stage.groups.data_size
-    if replicas > 1:
-        weights = sum(size(parameter) for parameter in stage.parameters())
-        if config.parallel.zero_stage == 3:
-            weights = sum(getattr(p, "ds_numel", p.numel()) * width for p in stage.parameters())
-        gathers = 2 * microbatches if config.parallel.zero_stage == 3 else 1
-        moved = (1 + gathers) * weights * (replicas - 1) / replicas
-        meter.add("data parallel", moved, moved)
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from tide_mega.training.loggers import Loggers, open_loggers
 from tide_mega.training.outset import SCHEDULE, check_outset, set_out
 from tide_mega.training.report import Reporter
 from tide_mega.training.setup import resolve_precision
-from tide_mega.training.throughput import count_step
+from tide_mega.training.step_traffic import count_step
 
 __all__ = ["DivergedError", "Trainer", "train"]
 
