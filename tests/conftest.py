@@ -32,10 +32,9 @@ def pools() -> Iterator[Callable[[int], WorkerPool]]:
     started: dict[int, WorkerPool] = {}
 
     def of_size(size: int) -> WorkerPool:
-        # Idle gloo groups poll: a large pool would slow down everything that follows.
-        for large in [other for other in started if other > 4 and other != size]:
+        for large in [other for other in started if other > 4 and other != size]:  # for their memory
             started.pop(large).close()
-        return started.setdefault(size, WorkerPool(size))
+        return started.setdefault(size, WorkerPool(size, rests=True))
 
     yield of_size
     for pool in started.values():

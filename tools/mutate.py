@@ -84,7 +84,8 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
     "memory": _room(
         "tide_mega/memory",
         "tests/memory",
-        ranges="ranges deal table_gradient",
+        ranges="ranges table_gradient",
+        ownership="ownership",
         owned="owned table_gradient",
         plan="plan route",
     ),
@@ -108,7 +109,7 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
         naive="vocab_loss",
         softmax="vocab_loss",
     ),
-    "engine": _room("tide_mega/parallel", "tests/parallel", engine="engine", gradients="gradients"),
+    "engine": _room("tide_mega/parallel", "tests/parallel", engine="engine", accumulation="accumulation"),
     "checkpoints": _room(
         "tide_mega/checkpoint",
         "tests/checkpoint",

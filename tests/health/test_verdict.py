@@ -76,6 +76,7 @@ def test_what_the_all_reduces_have_shown():
 
 def test_the_table_has_a_line_for_each_node():
     lines = table(cluster(n1={"clock": 1000.25})).splitlines()
+    assert set(lines.pop(1)) == {"-"}
     assert [line.split()[:2] for line in lines[1:]] == [["n0", "0-1"], ["n1", "2-3"], ["n2", "4-5"]]
     assert (
         "+250" in lines[2]

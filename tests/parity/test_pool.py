@@ -44,6 +44,16 @@ def test_more_processes_may_take_longer():
     assert default_timeout(8) > default_timeout(1) >= 60
 
 
+def test_workers_that_rest_are_stopped_between_calls_and_end_with_the_pool():
+    with WorkerPool(2, rests=True) as pool:
+        for add in (0, 5):
+            assert pool.run(rank_and_threads, add)[0][1] == 1 + 2 * add
+            for worker in pool._workers:
+                os.waitid(os.P_PID, worker.pid, os.WSTOPPED | os.WNOWAIT)
+        workers = pool._workers
+    assert [worker.exitcode for worker in workers] == [0, 0]
+
+
 @pytest.mark.slow
 def test_a_pool_names_what_failed_and_starts_afresh(monkeypatch):
     monkeypatch.setattr("tide_mega.lab.parity.pool.LAST_WORDS_SECONDS", 0.2)

@@ -6,21 +6,25 @@ the return values come back as a list, by rank.
 """
 
 import contextlib
+import ctypes
 import gc
 import multiprocessing
 import os
+import signal
 import tempfile
 import time
 import traceback
 import warnings
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
+from multiprocessing.util import Finalize
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from tide_mega.errors import StatedError
 
+_PR_SET_PDEATHSIG = 1
 LAST_WORDS_SECONDS = 5.0
 """Time for the other workers to answer once one has failed; they may be waiting for it forever."""
 
@@ -36,7 +40,9 @@ def default_timeout(size: int) -> float:
     return 60.0 + 30.0 * size
 
 
-def _work(rank: int, size: int, kind: str, store_path: str, channel: Connection) -> None:
+def _work(rank: int, size: int, kind: str, store_path: str, channel: Connection, rests: bool) -> None:
+    if rests:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a stopped process sees no closed channel
     os.environ.update(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
     os.environ.update(LOCAL_RANK=str(rank), RANK=str(rank), WORLD_SIZE=str(size))
     # Warnings that every process would repeat: missing optional packages, deprecations within libraries.
@@ -72,14 +78,19 @@ class WorkerPool:
     A context manager: leaving it ends the workers.
     """
 
-    def __init__(self, size: int, *, timeout: float | None = None, device: str = "cpu") -> None:
+    def __init__(
+        self, size: int, *, timeout: float | None = None, device: str = "cpu", rests: bool = False
+    ) -> None:
         """Describe the pool.
 
         Args:
             size: processes.
             timeout: seconds that starting, and each call, may take; None means `default_timeout(size)`.
             device: cpu or cuda, a GPU a worker; a process keeps the kind of device its first engine was built on.
+            rests: whether workers are stopped (SIGSTOP) between calls. An idle gloo group polls, and a few large
+                pools of idle workers take a core.
         """
+        self._rests = rests
         self.size, self.device = size, device
         self.timeout = default_timeout(size) if timeout is None else timeout
         self._folder: tempfile.TemporaryDirectory | None = None
@@ -108,12 +119,16 @@ class WorkerPool:
         for rank in range(self.size):
             here, there = context.Pipe()
             worker = context.Process(
-                target=_work, args=(rank, self.size, self.device, store, there), daemon=True
+                target=_work, args=(rank, self.size, self.device, store, there, self._rests), daemon=True
             )
             worker.start()
             there.close()
             self._workers.append(worker)
             self._channels.append(here)
+        if (
+            self._rests
+        ):  # before multiprocessing ends daemons with a signal that a stopped one would never take
+            Finalize(self, _wake, args=([worker.pid for worker in self._workers],), exitpriority=10)
         self._answers(f"of its start in {self.timeout:g} s")
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
@@ -124,6 +139,7 @@ class WorkerPool:
                 call, since the others may wait in a collective forever.
         """
         self.start()
+        self._signal(signal.SIGCONT)
         for channel in self._channels:
             with contextlib.suppress(BrokenPipeError):  # treated as a death below
                 channel.send((function, args))
@@ -131,6 +147,7 @@ class WorkerPool:
 
     def close(self, *, kill: bool = False) -> None:
         """End the workers."""
+        self._signal(signal.SIGCONT)
         for worker, channel in zip(self._workers, self._channels, strict=True):
             if kill:
                 worker.kill()
@@ -147,6 +164,12 @@ class WorkerPool:
         if self._folder is not None:
             self._folder.cleanup()
             self._folder = None
+
+    def _signal(self, number: int) -> None:
+        if self._rests:
+            for worker in self._workers:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(worker.pid, number)
 
     def _answers(self, when: str) -> list[Any]:
         """Wait for every worker; after a first failure give the others a moment, then end all."""
@@ -170,11 +193,18 @@ class WorkerPool:
                     failures[rank] = str(value)
                     deadline = min(deadline, time.monotonic() + LAST_WORDS_SECONDS)
         if not failures and not waiting:
+            self._signal(signal.SIGSTOP)
             return [results[rank] for rank in range(self.size)]
         late = "after another's failure" if failures else when
         failures |= dict.fromkeys(waiting.values(), f"no answer {late}")
         self.close(kill=True)
         raise WorkerError(_by_text(failures))
+
+
+def _wake(pids: list[int]) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
 
 
 def _by_text(failures: dict[int, str]) -> str:

@@ -43,7 +43,7 @@ from tide_mega.training import setup
 
 LAYER = re.compile(r"chunks\.(\d+)\.decoder\.layers\.(\d+)\.")
 CHUNK = re.compile(r"^chunks\.\d+\.")
-NAMES = {"memory_blocks.tables_WKD": TABLES}
+NAMES = {"memory_blocks.tables_WKD": TABLES, "memory_blocks.gains_KD": "memory.gains_KD"}
 
 
 def build_stage(case: Case, config: TideConfig) -> TideStage:
