@@ -11,13 +11,13 @@ from torch import Tensor
 from tide_mega.checkpoint import TrainingState
 from tide_mega.checkpoint.contents import Contents
 from tide_mega.config.schema import TideConfig
-from tide_mega.dryrun.groups import Mirror
 from tide_mega.dryrun.mode import dry_run
 from tide_mega.dryrun.rank import DryRank, build
 from tide_mega.dryrun.recorder import Collective, Recorder, Wait
 from tide_mega.model.steps import compute_gradients, read_ahead
 from tide_mega.parallel.groups import make_host_group
 from tide_mega.parallel.megatron_cpu import is_redirected
+from tide_mega.plan.rank import Alike
 from tide_mega.run.stop import Agreement, Interrupt
 from tide_mega.training import setup
 from tide_mega.training.batches import StepBatches
@@ -26,8 +26,6 @@ from tide_mega.training.faults.guard import StepGuard
 from tide_mega.training.report import LossWindow
 from tide_mega.training.step_traffic import count_step
 
-VOTE, TOKENS_OF_VOTE = 5, 3
-"""Columns of `tide_mega.training.faults.policy`, and that of the tokens that a rank has losses of."""
 STEPS = 3
 """Of which the last is looked at: memory made in the first is there."""
 
@@ -65,7 +63,7 @@ class Report:
     """Whether megatron-core was made to compute on the CPU."""
 
 
-class Peers(Mirror):
+class Peers(Alike):
     """The first rank of a replica sends tokens, the last stage has labelled ones, and the first owns tables."""
 
     def __init__(self, config: TideConfig, world_size: int) -> None:
@@ -75,13 +73,6 @@ class Peers(Mirror):
     def broadcast(self, value: Tensor, source: int, rank: int) -> None:
         if value.dtype == torch.int32 and value.ndim == 4:
             value.copy_((torch.arange(value.numel()) * 7 % 300).view_as(value))
-
-    def all_gather(self, sent: Tensor, size: int) -> list[Tensor]:
-        if sent.dtype != torch.float64 or sent.numel() != VOTE:
-            return super().all_gather(sent, size)
-        others = sent.clone()
-        others[TOKENS_OF_VOTE] = 1.0
-        return [others] * size
 
     def objects(self, mine: Any, ranks: list[int]) -> list[Any]:
         if isinstance(mine, bool):  # whether a rank owns tables: `Contents` asks

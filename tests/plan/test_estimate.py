@@ -39,7 +39,6 @@ def rank_step(**changes):
         tensor_rank=0,
         microbatches=4,
         elements=0,
-        owned=0,
         built={},
         peaks={FORWARD: Peak(10, {"weights": 10}, {})},
         instants=[Instant(FORWARD, {"weights": 10})],
@@ -48,7 +47,6 @@ def rank_step(**changes):
         messages={},
         waits=Counter(),
         traffic={},
-        groups={},
         seconds=1.0,
     )
     return replace(step, **changes)

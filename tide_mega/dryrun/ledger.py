@@ -36,20 +36,9 @@ KINDS = (
     ("megatron/", "activations"),
 )
 """What storages made in a file are, by the first prefix of the place that fits."""
-NAMED = ("weights", "masters", "moments", "gradients")
-"""Kinds that storages are given by `Ledger.name`."""
 INDEXED = frozenset(
-    {
-        "index",
-        "index_select",
-        "gather",
-        "embedding",
-        "_unsafe_index",
-        "index_put_",
-        "_index_put_impl_",
-        "index_put",
-    }
-    | {"index_fill_", "index_copy_", "index_add_", "scatter_", "scatter", "scatter_add_"}
+    {"index", "index_select", "gather", "embedding", "scatter", "scatter_", "scatter_add_", "_unsafe_index"}
+    | {"index_put", "index_put_", "_index_put_impl_", "index_fill_", "index_copy_", "index_add_"}
 )
 """Operations that read or write only some rows of their first tensor."""
 PRODUCTS = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1}

@@ -31,8 +31,8 @@ INDEXING = frozenset({"index", "index_put", "index_put_", "_index_put_impl_", "_
 PRODUCTS = frozenset({"mm", "bmm", "addmm", "baddbmm", "_scaled_dot_product_flash_attention"})
 
 
-_wants_meta: list[bool] = []
-"""One entry for each running call that asked for tensors without memory."""
+_meta_calls: list[Any] = []
+"""Running calls that asked in Python for tensors without memory, which are no fakes of a card."""
 
 
 @contextmanager
@@ -93,7 +93,7 @@ class _Operations(TorchDispatchMode):
         if name in INDEXING:
             args = self._with_integer_indices(func, args)
         _one_device(func, inputs)
-        if _wants_meta:
+        if _meta_calls:
             return self._run(func, args, kwargs)
         kwargs = _without_meta(name, kwargs)
         result = self._run(func, args, kwargs)
@@ -236,15 +236,20 @@ class _PythonCalls(TorchFunctionMode):
             if isinstance(kwargs.get("device"), int):
                 kwargs["device"] = CUDA
         is_pinned = kwargs.pop("pin_memory", False)  # C++ would look for an allocator of pinned memory
-        wants_meta = str(kwargs.get("device")) == "meta"  # in Python it is no fake of a card
-        _wants_meta.extend([True] * wants_meta)
-        try:
-            result = _REPLACED.get(func, func)(*args, **kwargs)
-        finally:
-            del _wants_meta[len(_wants_meta) - wants_meta :]
+        if str(kwargs.get("device")) == "meta":
+            return _made_on_meta(func, args, kwargs)
+        result = _REPLACED.get(func, func)(*args, **kwargs)
         if is_pinned:
             result._is_pinned = True
         return result
+
+
+def _made_on_meta(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    _meta_calls.append(func)
+    try:
+        return _REPLACED.get(func, func)(*args, **kwargs)
+    finally:
+        _meta_calls.pop()
 
 
 def _with_index(value: Any) -> Any:

@@ -185,7 +185,7 @@ def dense_sync(tables: Tables, layout: Layout, widths: Widths | None = None) -> 
     lookups is left out, in favour of this approach.
     """
     widths = widths or Widths()
-    elements = _away(layout.data) * tables.vocab * tables.row / layout.tensor
+    elements = away(layout.data) * tables.vocab * tables.row / layout.tensor
     both = {"table gradients": elements * widths.gradient, "table weights": elements * widths.row}
     return Traffic(both, dict(both))
 
@@ -223,20 +223,20 @@ def exchange(
     _check_distinct(tables, distinct)
     if not 0 <= skew <= layout.owners:
         raise ValueError(f"skew={skew} is not within 0 to the {layout.owners} owners")
-    asked = distinct / layout.tensor * _away(layout.owners)
+    asked = distinct / layout.tensor * away(layout.owners)
     served = asked * skew
     row, gradient = tables.row * widths.row, tables.row * widths.gradient
     sent = {"ids": asked * widths.id, "rows": served * row, "row gradients": asked * gradient}
     received = {"ids": served * widths.id, "rows": asked * row, "row gradients": served * gradient}
     fetched = distinct * tables.row
     if layout.tensor > 1:
-        sent["tensor rows"] = received["tensor rows"] = _away(layout.tensor) * fetched * widths.row
+        sent["tensor rows"] = received["tensor rows"] = away(layout.tensor) * fetched * widths.row
         if layout.sequence_parallel:
-            summed = 2 * _away(layout.tensor) * fetched * widths.partial
+            summed = 2 * away(layout.tensor) * fetched * widths.partial
             sent["sequence sum"] = received["sequence sum"] = summed
     if layout.pipeline > 1:
         sent["stage rows"] = fetched * widths.row
-        summed = 2 * _away(layout.pipeline) * fetched * widths.partial
+        summed = 2 * away(layout.pipeline) * fetched * widths.partial
         sent["stage sum"] = received["stage sum"] = summed
     return Traffic(sent, received)
 
@@ -297,7 +297,7 @@ def owner_memory(
     }
 
 
-def _away(ranks: int) -> float:
+def away(ranks: int) -> float:
     """Return the share of evenly spread data that lies on other ranks."""
     return (ranks - 1) / ranks
 

@@ -27,6 +27,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("tide_mega.plan")
 
+TIMEOUT = 3600.0
+"""Seconds for one rank's dry run: a backstop, most take less than a minute."""
+_UNSET = ("data.path=none",)
+"""Given before the words of the training, which may give it again: a plan reads no data."""
+
 
 def main(arguments: list[str]) -> int:
     """Plan, and print the result."""
@@ -59,10 +64,6 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-_UNSET = ("data.path=none",)
-"""Given before the words of the training, which may give it again: a plan reads no data."""
-
-
 def run_ranks(config: TideConfig, world_size: int, ranks: list[int], workers: int) -> list["RankStep"]:
     """Dry-run a step of each rank, a few at a time; return them in order.
 
@@ -93,9 +94,6 @@ def run_ranks(config: TideConfig, world_size: int, ranks: list[int], workers: in
         for process in processes:
             process.close()
 
-
-TIMEOUT = 3600.0
-"""Seconds for one rank's dry run: a backstop, most take less than a minute."""
 
 if __name__ == "__main__":
     tool_entry(lambda: main(sys.argv[1:]))

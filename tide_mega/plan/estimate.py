@@ -13,9 +13,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from tide_mega.config.device_memory import element_bytes
 from tide_mega.config.schema import TideConfig
 from tide_mega.config.sizes import count_parameters, flops_per_token
 from tide_mega.dryrun.ledger import BACKWARD, FORWARD, READ, REDUCE, RETURN, UPDATE, Message, Moved, Work
+from tide_mega.memory.traffic import away
 from tide_mega.plan.rank import RankStep
 from tide_mega.plan.rates import ATTENTION_SHARE, GPUS_IN_A_NODE, PRODUCT_SHARES, Rates
 
@@ -107,7 +109,6 @@ def estimate(config: TideConfig, world_size: int, ranks: Sequence[RankStep], rat
     tokens = trainer.global_batch_size * config.data.seq_length
     bubble = idle * max(schedules)
     seconds = sum(phase.total for phase in phases.values()) + bubble
-    width = 2 if trainer.precision == "bf16" else 4
     flops = flops_per_token(config.model, config.memory, config.data.seq_length) * tokens
     kept = 12 * count_parameters(config.model, config.memory).total
     nodes = math.ceil(world_size / GPUS_IN_A_NODE)
@@ -117,7 +118,7 @@ def estimate(config: TideConfig, world_size: int, ranks: Sequence[RankStep], rat
         bubble,
         tokens,
         world_size,
-        flops / (seconds * world_size * rates.peak(width)),
+        flops / (seconds * world_size * rates.peak(element_bytes(config))),
         kept,
         kept / (1e9 * rates.disk_gbs * nodes),
         trainer.max_tokens if trainer.max_tokens is not None else steps * tokens if steps else None,
@@ -169,9 +170,9 @@ def message_seconds(message: Message, moved: Moved, rates: Rates) -> float:
     nodes = nodes_of(message.group)
     link = rates.nvlink_gbs if nodes == 1 else rates.network_gbs
     latency = rates.nvlink_us if nodes == 1 else rates.network_us * max(1.0, math.log2(nodes))
-    away = (members - 1) / members
+    share = away(members)
     if message.name in ("send", "recv_", "broadcast_", "barrier"):
-        away = 1.0
+        share = 1.0
     elif message.name == "allreduce_":
-        away *= 2
-    return moved.count * 1e-6 * latency + away * moved.bytes / (1e9 * link * rates.link_share)
+        share *= 2
+    return moved.count * 1e-6 * latency + share * moved.bytes / (1e9 * link * rates.link_share)

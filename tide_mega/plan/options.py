@@ -14,7 +14,7 @@ class PlanOptions:
     nodes: int = 1
     """Nodes of eight GPUs."""
     gpus: int | None = None
-    """GPUs in all, if they fill no whole nodes."""
+    """GPUs in all, instead of `nodes`."""
     gpu: str = "h100"
     """Model of GPU: a100, h100, h200, b200, gb200, b300, gb300."""
     ranks: list[int] = field(default_factory=list)

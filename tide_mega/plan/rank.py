@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -47,8 +46,6 @@ class RankStep:
     microbatches: int
     elements: int
     """Parameters under DeepSpeed on this rank."""
-    owned: int
-    """Elements of rows that it owns beside them."""
     built: dict[str, int]
     """Bytes held before the step, by kind."""
     peaks: dict[str, Peak]
@@ -59,8 +56,6 @@ class RankStep:
     waits: Counter[Wait]
     traffic: dict[str, dict[str, int]]
     """The run's own meter, for the same step."""
-    groups: dict[str, tuple[int, ...]]
-    """Ranks of each group that this rank is in, by name."""
     seconds: float
     """That the dry run took."""
     resident: int = field(default=0)
@@ -115,7 +110,6 @@ def run_rank(config: TideConfig, world_size: int, rank: int) -> RankStep:
             tensor_rank=built.groups.tensor_rank,
             microbatches=built.accumulation,
             elements=sum(p.numel() for p in built.stage.parameters()),
-            owned=0 if built.stage.memory.owned is None else built.stage.memory.owned.master_WKD.numel(),
             built=before,
             peaks=ledger.peaks,
             instants=_thinned(ledger.instants),
@@ -124,7 +118,6 @@ def run_rank(config: TideConfig, world_size: int, rank: int) -> RankStep:
             messages=ledger.messages,
             waits=Counter(recorder.waits),
             traffic=built.stage.meter.read(),
-            groups=_groups(built),
             seconds=time.process_time() - begun,
             resident=1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
         )
@@ -158,16 +151,6 @@ def _step(built: DryRank, guard: StepGuard, batches: list[TokenBatch], ledger: L
     with ledger.phase(UPDATE):
         verdict = guard.update(built.engine, result, 1e-3, batch=number, can_roll_back=False)
     assert verdict.is_applied
-
-
-def _groups(built: DryRank) -> dict[str, tuple[int, ...]]:
-    names = ("tensor", "data", "pipeline", "embedding", "memory")
-    found = {name: getattr(built.groups, name) for name in names}
-    return {
-        name: tuple(sorted(dist.get_process_group_ranks(group)))
-        for name, group in found.items()
-        if group is not None
-    }
 
 
 def _batches(built: DryRank) -> list[TokenBatch]:

@@ -6,9 +6,9 @@ out: votes, norms and flags, less than a kilobyte a step.
 Symbols: t tensor ranks, n replicas, P stages; N tokens of a micro-batch, D hidden size, e bytes of an element.
 """
 
-from tide_mega.config.device_memory import element_bytes
+from tide_mega.config.device_memory import element_bytes, widens
 from tide_mega.config.schema import TideConfig
-from tide_mega.memory.traffic import TrafficMeter
+from tide_mega.memory.traffic import TrafficMeter, away
 from tide_mega.model.stage import TideStage
 
 RECOMPUTED_SUMS = {"none": 0, "selective": 1, "full": 2}
@@ -21,7 +21,7 @@ def count_step(meter: TrafficMeter, stage: TideStage, config: TideConfig, microb
     for kind, moved in {
         "tensor parallel": _tensor_parallel(stage, config, microbatches),
         "pipeline": _pipeline(stage, config, microbatches),
-        "embedding": _tied_embedding(stage, config, microbatches),
+        "embedding": _tied_embedding(stage, config),
         "data parallel": _data_parallel(stage, config, microbatches),
     }.items():
         if moved:
@@ -34,7 +34,6 @@ def _tensor_parallel(stage: TideStage, config: TideConfig, microbatches: int) ->
     ranks = stage.groups.tensor_size
     if ranks == 1:
         return 0.0
-    away = (ranks - 1) / ranks
     tokens = config.data.seq_length * config.trainer.micro_batch_size
     state = tokens * config.model.hidden_size * element_bytes(config)
     layers = sum(len(chunk.decoder.layers) for chunk in stage.transformers)
@@ -42,15 +41,15 @@ def _tensor_parallel(stage: TideStage, config: TideConfig, microbatches: int) ->
     has_loss = any(chunk.post_process for chunk in stage.transformers)
     again = RECOMPUTED_SUMS[config.parallel.recompute]
     if config.parallel.sequence_parallel:
-        moved = away * state * (layers * (10 + 2 * again) + 2 * has_embedding + 2 * has_loss)
+        moved = away(ranks) * state * (layers * (10 + 2 * again) + 2 * has_embedding + 2 * has_loss)
     else:
-        moved = 2 * away * state * (layers * (4 + again) + has_embedding + has_loss)
+        moved = 2 * away(ranks) * state * (layers * (4 + again) + has_embedding + has_loss)
     if has_loss:  # log-partition and target's logit of every token, in fp32, from every rank
-        moved += away * ranks * 2 * 4 * tokens
+        moved += away(ranks) * ranks * 2 * 4 * tokens
     slices = 0
     if config.parallel.sequence_parallel:
         slices = sum(p.numel() for p in stage.parameters() if getattr(p, "sequence_parallel", False))
-    return microbatches * moved + 2 * away * 4 * slices
+    return microbatches * moved + 2 * away(ranks) * 4 * slices
 
 
 def _pipeline(stage: TideStage, config: TideConfig, microbatches: int) -> float:
@@ -70,15 +69,15 @@ def _pipeline(stage: TideStage, config: TideConfig, microbatches: int) -> float:
     return float((out_borders + in_borders) * state)
 
 
-def _tied_embedding(stage: TideStage, config: TideConfig, microbatches: int) -> float:
+def _tied_embedding(stage: TideStage, config: TideConfig) -> float:
     """The gradients of both copies, summed as they are kept: in fp32 if micro-batches are accumulated in it."""
     group = stage.groups.embedding
     copies = [p for p in stage.parameters() if getattr(p, "shared_embedding", False)]
     if group is None or group.size() == 1 or not copies:
         return 0.0
-    is_wide = microbatches > 1 and config.parallel.zero_stage < 3
-    width = 4 if is_wide else element_bytes(config)
-    return 2 * (group.size() - 1) / group.size() * width * sum(p.numel() for p in copies)
+    world_size = stage.groups.model.size() * stage.groups.data_size
+    width = 4 if widens(config, world_size) else element_bytes(config)
+    return 2 * away(group.size()) * width * sum(p.numel() for p in copies)
 
 
 def _data_parallel(stage: TideStage, config: TideConfig, microbatches: int) -> float:
@@ -88,9 +87,8 @@ def _data_parallel(stage: TideStage, config: TideConfig, microbatches: int) -> f
     replicas = stage.groups.data_size
     if replicas == 1:
         return 0.0
-    away = (replicas - 1) / replicas
     parameters = list(stage.parameters())
     if config.parallel.zero_stage < 3:
-        return 3 * away * element_bytes(config) * sum(p.numel() for p in parameters)
+        return 3 * away(replicas) * element_bytes(config) * sum(p.numel() for p in parameters)
     elements = sum(int(getattr(p, "ds_numel", p.numel())) for p in parameters)
-    return away * element_bytes(config) * (1 + 2 * microbatches) * elements
+    return away(replicas) * element_bytes(config) * (1 + 2 * microbatches) * elements

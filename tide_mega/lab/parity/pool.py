@@ -125,10 +125,10 @@ class WorkerPool:
             there.close()
             self._workers.append(worker)
             self._channels.append(here)
-        if (
-            self._rests
-        ):  # before multiprocessing ends daemons with a signal that a stopped one would never take
-            Finalize(self, _wake, args=([worker.pid for worker in self._workers],), exitpriority=10)
+        if self._rests:
+            # Before multiprocessing ends daemons with a signal that a stopped one would never take.
+            pids = [worker.pid for worker in self._workers]
+            Finalize(self, _signal_all, args=(pids, signal.SIGCONT), exitpriority=10)
         self._answers(f"of its start in {self.timeout:g} s")
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
@@ -167,9 +167,7 @@ class WorkerPool:
 
     def _signal(self, number: int) -> None:
         if self._rests:
-            for worker in self._workers:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(worker.pid, number)
+            _signal_all([worker.pid for worker in self._workers], number)
 
     def _answers(self, when: str) -> list[Any]:
         """Wait for every worker; after a first failure give the others a moment, then end all."""
@@ -201,10 +199,10 @@ class WorkerPool:
         raise WorkerError(_by_text(failures))
 
 
-def _wake(pids: list[int]) -> None:
+def _signal_all(pids: list[int], number: int) -> None:
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGCONT)
+            os.kill(pid, number)
 
 
 def _by_text(failures: dict[int, str]) -> str:
